@@ -1,0 +1,33 @@
+"""One exception per domain, each made from a single string.
+
+A message says what is wrong, where (file, key, image_id, index), what came, what was expected, and how to mend it. An
+exception that takes exactly one string can be pickled, so it crosses from a DataLoader worker to the user unharmed.
+"""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built: an unknown value, or two values that contradict each other."""
+
+
+class WeightsError(ValueError):
+    """Pretrained weights that are damaged, or that do not fit the model they are meant for."""
+
+
+class NumericsError(ValueError):
+    """Numbers that cannot be right: NaN or infinity in outputs, costs, losses or statistics; boxes out of range."""
+
+
+class DataError(ValueError):
+    """An image that cannot be read, or that is not what its annotation file says."""
+
+
+class AnnotationError(ValueError):
+    """An annotation file that contradicts itself or the COCO format."""
+
+
+class EvaluationError(ValueError):
+    """Predictions or ground truth from which an AP would be wrong or misleading."""
+
+
+class CheckpointError(ValueError):
+    """A training checkpoint that is damaged, incomplete, or belongs to another configuration."""
