@@ -16,14 +16,14 @@ Size: TypeAlias = tuple[int, int]
 class NestedTensor:
     """A padded batch with its mask: `tensors` [B, C, H, W] and `mask` [B, H, W], True on padding.
 
-    Every image stands in the top left corner of its slot. Its valid height and width are kept as plain integers, so that
-    asking whether anything is padded never waits for a device.
+    Every image stands in the top left corner of its slot. Its valid height and width are kept as plain integers, so
+    that asking whether anything is padded never waits for a device.
 
     Args:
         tensors: the batch [B, C, H, W], of any dtype and device; what the padded cells hold is unspecified.
         mask: bool [B, H, W] on the same device, True on padding; None where nothing is padded.
-        sizes: valid (h, w) of each image, 1 <= h <= H and 1 <= w <= W. Left out, they are read from `mask` when they are
-            first asked for; that waits for the device once.
+        sizes: valid (h, w) of each image, 1 <= h <= H and 1 <= w <= W. Left out, they are read from `mask` when they
+            are first asked for; that waits for the device once.
 
     Raises:
         TypeError: `mask` is not a bool tensor.

@@ -1,0 +1,175 @@
+"""Exact padding: why an image's features never depend on who shares its batch.
+
+A batch pads its smaller images with zeros, but the zeros do not last: the first bias makes the padding non-zero, and
+every window larger than one cell carries it across the border into the image. `ExactPadding` zeroes the padded cells
+again before each such window, which is what the window finds beyond the border of an image that stands alone. The valid
+cells of a level follow by ceiling division, as they do for the image alone.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from detr_backbone.errors import ConfigError
+from detr_backbone.nested_tensor import NestedTensor, Size
+
+Padding: TypeAlias = Literal["exact", "zeros"]
+
+_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_PROBE = 256  # pixels of the measuring image: every stride that divides it is measured exactly
+
+
+def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
+    """Valid (h, w) of each image in cells of `stride` pixels, by ceiling division.
+
+    >>> valid_sizes([(97, 131), (64, 32)], stride=32)
+    ((4, 5), (2, 1))
+    """
+    return tuple((-(-h // stride), -(-w // stride)) for h, w in sizes)
+
+
+def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding: Padding) -> NestedTensor:
+    """A feature map as a level of its image batch: with the mask, and in exact mode with zeros in the padded cells.
+
+    Args:
+        tensors: features [B, C, h, w] of `images`.
+        images: the batch [B, C, H, W] that they were computed from.
+        stride: pixels per cell, h = ceil(H / stride).
+        padding: "exact" takes the mask by ceiling division and zeroes the padded cells; "zeros" resizes the mask to the
+            nearest pixel and leaves the cells as they are (facebookresearch/detr, models/backbone.py).
+
+    Raises:
+        ValueError: in exact mode, the map does not have ceil(H / stride) by ceil(W / stride) cells.
+    """
+    if padding == "zeros":
+        mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
+        return NestedTensor(tensors, mask)
+    level = NestedTensor(tensors, images.mask[:, ::stride, ::stride], sizes=valid_sizes(images.sizes, stride))
+    if level.is_padded:
+        level.tensors = _zero_padded_cells(level.tensors, level.mask, level.sizes)
+    return level
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one pass through a network shows of its geometry."""
+
+    channels: dict[str, int]
+    strides: dict[str, int]
+    """Pixels per cell of each named output."""
+    input_strides: dict[str, int]
+    """Pixels per cell of what each inner layer takes, by path."""
+
+
+def measure(body: nn.Module) -> Measured:
+    """Channels and strides of a network that maps [B, C, H, W] to a dict of feature maps, without computing anything.
+
+    The pass runs on the meta device: shapes without numbers.
+
+    Raises:
+        ConfigError: an output is not a map whose side is the image's side divided by a whole stride.
+    """
+    first = next(module for module in body.modules() if isinstance(module, nn.Conv2d))
+    input_strides: dict[str, int] = {}
+
+    def remember(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs and inputs[0].ndim == 4 and _PROBE % inputs[0].shape[-1] == 0:
+            input_strides[path] = _PROBE // inputs[0].shape[-1]
+
+    handles: list[RemovableHandle] = [
+        module.register_forward_pre_hook(partial(remember, path))
+        for path, module in body.named_modules()
+        if not list(module.children())
+    ]
+    meta = {name: tensor.to("meta") for name, tensor in [*body.named_parameters(), *body.named_buffers()]}
+    probe = torch.empty(1, first.in_channels, _PROBE, _PROBE, device="meta", dtype=first.weight.dtype)
+    try:
+        with torch.no_grad():
+            outputs: dict[str, Tensor] = torch.func.functional_call(body, meta, (probe,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, output in outputs.items():
+        if output.ndim != 4 or _PROBE % output.shape[-1]:
+            raise ConfigError(
+                f"output {name!r} must be a feature map with a whole stride, got {list(output.shape)} for an image of "
+                f"{_PROBE} x {_PROBE} pixels; return another layer"
+            )
+    return Measured(
+        channels={name: output.shape[1] for name, output in outputs.items()},
+        strides={name: _PROBE // output.shape[-1] for name, output in outputs.items()},
+        input_strides=input_strides,
+    )
+
+
+class ExactPadding:
+    """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
+
+    Args:
+        body: the network; its convolutions and pools get a hook that does nothing outside `around`.
+        input_strides: pixels per cell of what each layer takes, by path, as `measure` gives them.
+    """
+
+    def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
+        # Keyed by thread: a server may run one network in several threads at once.
+        self._levels: dict[int, _Levels] = {}
+        for path, module in body.named_modules():
+            if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)):
+                module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
+
+    @contextmanager
+    def around(self, images: NestedTensor) -> Iterator[None]:
+        """Within this context, a pass of the network over `images.tensors` is exact."""
+        thread = _thread()
+        self._levels[thread] = _Levels(images)
+        try:
+            yield
+        finally:
+            del self._levels[thread]
+
+    def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        levels = self._levels.get(_thread())
+        return None if levels is None else (levels.zero_padded_cells(inputs[0], stride),)
+
+
+class _Levels:
+    """The masks of one batch at every stride that its pass meets, each made once."""
+
+    def __init__(self, images: NestedTensor) -> None:
+        self._images = images
+        self._made: dict[int, tuple[Tensor, tuple[Size, ...]]] = {}
+
+    def zero_padded_cells(self, features: Tensor, stride: int) -> Tensor:
+        if stride not in self._made:
+            self._made[stride] = (
+                self._images.mask[:, ::stride, ::stride],
+                valid_sizes(self._images.sizes, stride),
+            )
+        mask, sizes = self._made[stride]
+        if features is self._images.tensors:  # the caller's own tensor is never written to
+            return features.masked_fill(mask[:, None], 0)
+        return _zero_padded_cells(features, mask, sizes)
+
+
+def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size]) -> Tensor:
+    # Without autograd nobody can ask for the old values, and writing only the padded cells costs next to nothing. A
+    # compiled graph must not be specialised on the sizes, so it takes the mask.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return features.masked_fill(mask[:, None], 0)
+    for image, (h, w) in zip(features, sizes, strict=True):
+        image[:, h:].zero_()
+        image[:, :h, w:].zero_()
+    return features
+
+
+def _thread() -> int:
+    # Dynamo cannot trace get_ident, and what it compiles runs as a whole.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,0 +1,162 @@
+"""Pretrained weights: found, checked, loaded completely, and reported.
+
+Nothing stays random in silence: every tensor of the network comes from the file, or loading is an error.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from detr_backbone.errors import WeightsError
+from detr_backbone.layer_getter import unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What was loaded from where: the file, its SHA-256, tensors loaded, and keys of the file that were left out."""
+
+    source: Path
+    sha256: str
+    loaded: int
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        left_out = f"; left out {', '.join(self.left_out)}" if self.left_out else ""
+        return f"loaded {self.loaded} tensors from {self.source} (SHA-256 {self.sha256[:16]}…){left_out}"
+
+
+def load_weights(body: nn.Module, weights: str, *, name: str) -> WeightsReport:
+    """Load all of `body` from a torchvision weights name or from a file.
+
+    A file may hold the tensors directly or under "model" or "state_dict", and every key of the network may stand behind
+    one common prefix, as in a detector's checkpoint (`backbone.0.body.`).
+
+    Args:
+        body: the network; it takes every one of its parameters and buffers from the file.
+        weights: the name of one of torchvision's weights of this network, such as "IMAGENET1K_V1", which is downloaded
+            once into torch.hub's folder; or the path of a local file.
+        name: the network's name in torchvision.
+
+    Raises:
+        WeightsError: the name or file does not exist, the download failed, the file's hash is not the published one,
+            it holds code, it lacks tensors of the network, or its values are impossible (NaN, negative variance).
+    """
+    path = _find(weights, name)
+    state = _read(path)
+    own = body.state_dict()
+    prefix = _common_prefix(path, state, own)
+    tensors = {key: state[prefix + key] for key in own}
+    for key, tensor in tensors.items():
+        _check_tensor(path, prefix + key, tensor, own[key])
+    body.load_state_dict(tensors)
+    used = {prefix + key for key in own}
+    # A checkpoint of a whole detector leaves out hundreds of keys: name the parts, not every tensor.
+    rest = sorted(
+        {".".join(key.split(".")[:2]) for key in state if key not in used and "num_batches_tracked" not in key}
+    )
+    return WeightsReport(source=path, sha256=_sha256(path), loaded=len(tensors), left_out=tuple(rest))
+
+
+def download(url: str, folder: Path) -> Path:
+    """A weights file from the network, once, checked on every use against the hash that its name carries.
+
+    Args:
+        url: of a file named `NAME-HASH.EXT`, HASH being the first 8 or more hexadecimal digits of its SHA-256.
+        folder: where the file is kept; one that is there already is not downloaded again.
+
+    Raises:
+        WeightsError: the file cannot be had, or has another hash; no damaged file is left behind by a download.
+    """
+    path = folder / url.rsplit("/", 1)[-1]
+    match = re.fullmatch(r".+-([0-9a-f]{8,64})\.\w+", path.name)
+    if match is None:
+        raise WeightsError(f"a weights file must be named NAME-HASH.EXT to be checked, got {url}")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=match[1], progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"weights cannot be downloaded | where: url={url} | got {error} | "
+                f"fix: fetch the file by other means and put it at {path}"
+            ) from error
+    if not _sha256(path).startswith(match[1]):
+        raise WeightsError(
+            f"weights file is damaged | where: file={path} | got SHA-256 {_sha256(path)} expected {match[1]}… | "
+            "fix: delete the file and run again"
+        )
+    return path
+
+
+def _find(weights: str, name: str) -> Path:
+    if Path(weights).suffix:
+        path = Path(weights)
+        if not path.is_file():
+            raise WeightsError(f"`weights` must be an existing file or a torchvision name, got {weights}")
+        return path
+    known = [member.name for member in get_model_weights(name)]
+    if weights not in known:
+        raise WeightsError(f"`weights` of {name} must be a file or a torchvision name: {unknown_name(weights, known)}")
+    return download(get_model_weights(name)[weights].url, Path(torch.hub.get_dir()) / "checkpoints")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise a dozen kinds, few of which name the file
+        raise WeightsError(f"weights cannot be read | where: file={path} | got {error}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"weights must be a mapping of names to tensors | where: file={path} | got {type(content)}")
+    return dict(content)
+
+
+def _common_prefix(path: Path, state: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
+    """The one prefix behind which `state` holds every key of `own`."""
+    first = next(iter(own))
+    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
+    complete = [prefix for prefix in prefixes if all(prefix + key in state for key in own)]
+    if len(complete) == 1:
+        return complete[0]
+    if complete:
+        raise WeightsError(f"weights must hold the network once | where: file={path} | got it under {complete}")
+    if not prefixes:
+        example = next(iter(state), "no key at all")
+        raise WeightsError(
+            f"weights lack {first!r} under any prefix | where: file={path} | got keys such as {example!r}"
+        )
+    missing = [key for key in own if prefixes[0] + key not in state]
+    raise WeightsError(
+        f"weights lack {len(missing)} of {len(own)} tensors | where: file={path} prefix={prefixes[0]!r} "
+        f"key={missing[0]} | fix: is this file of the same network?"
+    )
+
+
+def _check_tensor(path: Path, key: str, tensor: Tensor, own: Tensor) -> None:
+    where = f"where: file={path} key={key}"
+    if tensor.shape != own.shape:
+        raise WeightsError(f"weights of another shape | {where} | got {list(tensor.shape)} expected {list(own.shape)}")
+    if not tensor.isfinite().all():
+        raise WeightsError(f"weights must be finite | {where} | got NaN or infinity")
+    if key.endswith("running_var") and (tensor < 0).any():
+        raise WeightsError(f"a variance must not be negative | {where} | got {tensor.min().item():g}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
