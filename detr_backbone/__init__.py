@@ -1,5 +1,6 @@
 """The backbone of DETR-style detectors as a component: images of any sizes in; feature levels, masks and positions out.
 
+>>> import torch
 >>> backbone = build_backbone(BackboneConfig(name="resnet18", return_layers=("layer2", "layer3", "layer4")))
 >>> features, positions = backbone([torch.rand(3, 97, 131), torch.rand(3, 64, 160)])
 >>> [level.tensors.shape for level in features]

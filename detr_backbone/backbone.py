@@ -61,6 +61,8 @@ class BackboneBase(nn.Module):
             return_layers = STAGES if return_interm_layers else STAGES[-1:]
         if padding not in ("exact", "zeros"):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
+        if len(set(return_layers)) < len(return_layers):
+            raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
         _train_only(backbone, train_layers)
         depth = {name: index for index, (name, _) in enumerate(backbone.named_children())}
         ordered = sorted(return_layers, key=lambda name: depth.get(name, len(depth)))
@@ -159,6 +161,7 @@ class Joiner(nn.Sequential):
         num_channels: channels of the coarsest level; a detector with one level reads it, and it may be assigned.
         padding: how the backbone treats padding; a detector that convolves its levels further keeps to it.
 
+    >>> import torch
     >>> joiner = build_backbone(BackboneConfig(name="resnet18", return_layers=("layer3", "layer4")))
     >>> features, positions = joiner([torch.zeros(3, 64, 96), torch.zeros(3, 33, 47)])
     >>> [level.tensors.shape for level in features], features[0].sizes

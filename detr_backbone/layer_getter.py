@@ -18,6 +18,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
     Raises:
         ValueError: nothing is asked for, a child does not exist, or two outputs would have one name.
 
+    >>> import torch
     >>> from torchvision.models import resnet18
     >>> getter = IntermediateLayerGetter(resnet18(), {"layer1": "feat1", "layer3": "feat2"})
     >>> [(name, tuple(x.shape)) for name, x in getter(torch.rand(1, 3, 224, 224)).items()]

@@ -23,7 +23,8 @@ from detr_backbone.nested_tensor import NestedTensor, Size
 
 Padding: TypeAlias = Literal["exact", "zeros"]
 
-_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+# A pool takes the largest value, and beyond an image's border there is none; after a ReLU a zero comes to the same.
+_WINDOWED = (nn.Conv2d, nn.MaxPool2d)
 _PROBE = 256  # pixels of the measuring image: every stride that divides it is measured exactly
 
 

@@ -128,22 +128,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _common_prefix(path: Path, state: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
     """The one prefix behind which `state` holds every key of `own`."""
-    first = next(iter(own))
-    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
-    complete = [prefix for prefix in prefixes if all(prefix + key in state for key in own)]
+    keys = list(own)
+    prefixes = {key.removesuffix(end) for key in state for end in (keys[0], keys[-1]) if f".{key}".endswith(f".{end}")}
+    missing = {prefix: [key for key in keys if prefix + key not in state] for prefix in prefixes}
+    complete = [prefix for prefix in sorted(prefixes) if not missing[prefix]]
     if len(complete) == 1:
         return complete[0]
     if complete:
         raise WeightsError(f"weights must hold the network once | where: file={path} | got it under {complete}")
-    if not prefixes:
-        example = next(iter(state), "no key at all")
-        raise WeightsError(
-            f"weights lack {first!r} under any prefix | where: file={path} | got keys such as {example!r}"
-        )
-    missing = [key for key in own if prefixes[0] + key not in state]
+    best = min(prefixes, key=lambda prefix: len(missing[prefix]), default="")
+    lacked = missing.get(best, keys)
     raise WeightsError(
-        f"weights lack {len(missing)} of {len(own)} tensors | where: file={path} prefix={prefixes[0]!r} "
-        f"key={missing[0]} | fix: is this file of the same network?"
+        f"weights lack {len(lacked)} of {len(keys)} tensors | where: file={path} prefix={best!r} key={lacked[0]} | "
+        f"got keys such as {next(iter(state), None)!r} | fix: is this file of the same network?"
     )
 
 

@@ -1,0 +1,171 @@
+"""An image's features never depend on who shares its batch."""
+
+import copy
+import math
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from detr_backbone import Backbone, FrozenBatchNorm2d, nested_tensor_from_tensor_list
+from detr_backbone.errors import ConfigError
+from detr_backbone.padding import feature_level, measure, valid_sizes
+
+
+def with_random_statistics(backbone: Backbone) -> Backbone:
+    """A backbone whose BatchNorm shifts, so that padding would not stay zero by itself."""
+    torch.manual_seed(0)
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 0.6)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return backbone.eval()
+
+
+BACKBONES = {
+    name: with_random_statistics(Backbone(name, return_interm_layers=True)) for name in ("resnet18", "resnet50")
+}
+side = st.integers(1, 97)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(name=st.sampled_from(list(BACKBONES)), sizes=st.lists(st.tuples(side, side), min_size=2, max_size=3))
+def test_an_image_alone_has_the_features_it_has_in_any_batch(name: str, sizes: list[tuple[int, int]]) -> None:
+    images = [torch.randn(3, h, w) for h, w in sizes]
+    with torch.no_grad():
+        together = BACKBONES[name](images)
+        for index, image in enumerate(images):
+            for level, alone in BACKBONES[name]([image]).items():
+                h, w = alone.tensors.shape[-2:]
+                assert together[level].sizes[index] == (h, w)
+                # sums in another order: values are of order 1, float32 has 1e-7
+                torch.testing.assert_close(
+                    together[level].tensors[index, :, :h, :w], alone.tensors[0], rtol=1e-5, atol=1e-5
+                )
+
+
+def test_zeros_mode_lets_padding_leak() -> None:
+    backbone = with_random_statistics(Backbone("resnet18", padding="zeros"))
+    small, large = torch.randn(3, 64, 64), torch.randn(3, 97, 97)
+    with torch.no_grad():
+        alone, together = backbone([small])["0"].tensors[0], backbone([small, large])["0"].tensors[0, :, :2, :2]
+
+    assert (alone - together).abs().max() > 0.05 * alone.abs().max()
+
+
+def test_padded_cells_of_a_level_are_zero() -> None:
+    level = BACKBONES["resnet18"]([torch.randn(3, 97, 131), torch.randn(3, 33, 40)])["1"]
+
+    assert level.mask.any()
+    assert not level.tensors.masked_select(level.mask[:, None]).any()
+
+
+def test_gradients_do_not_depend_on_the_batch() -> None:
+    backbone = with_random_statistics(Backbone("resnet18"))
+    small, large = torch.randn(3, 40, 50), torch.randn(3, 97, 64)
+    weight = backbone.body.get_parameter("layer2.0.conv1.weight")
+
+    def gradient(images: list[torch.Tensor]) -> torch.Tensor:
+        backbone.zero_grad()
+        sum(level.tensors.square().sum() for image in images for level in backbone([image]).values()).backward()
+        return weight.grad.clone()
+
+    expected = gradient([small, large])
+    backbone.zero_grad()
+    backbone([small, large])["0"].tensors.square().sum().backward()
+    # gradients of some hundred: sums of thousands of products, in another order
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_callers_images_are_not_written_to() -> None:
+    batch = nested_tensor_from_tensor_list([torch.randn(3, 64, 64), torch.randn(3, 32, 40)])
+    batch.tensors.fill_(1.0)  # padding that is not zero, as after normalising a padded batch
+    with torch.no_grad():
+        features = BACKBONES["resnet18"](batch)
+
+    assert batch.tensors.eq(1.0).all()
+    with torch.no_grad():
+        alone = BACKBONES["resnet18"]([torch.ones(3, 32, 40)])
+    torch.testing.assert_close(features["3"].tensors[1, :, :1, :2], alone["3"].tensors[0], rtol=1e-5, atol=1e-5)
+
+
+def test_two_threads_may_share_a_backbone() -> None:
+    backbone = BACKBONES["resnet18"]
+    batches = [[torch.randn(3, 97, 33), torch.randn(3, 40, 90)], [torch.randn(3, 20, 97), torch.randn(3, 90, 31)]]
+    with torch.no_grad():
+        expected = [backbone(images)["3"].tensors for images in batches]
+    wrong = []
+
+    def serve(index: int) -> None:
+        for _ in range(5):
+            with torch.no_grad():
+                if not torch.equal(backbone(batches[index])["3"].tensors, expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=serve, args=[index]) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda backbone: pickle.loads(pickle.dumps(backbone))])
+def test_a_copy_is_exact_too(copied) -> None:
+    images = [torch.randn(3, 64, 33), torch.randn(3, 40, 70)]
+    with torch.no_grad():
+        assert torch.equal(
+            copied(BACKBONES["resnet18"])(images)["3"].tensors, BACKBONES["resnet18"](images)["3"].tensors
+        )
+
+
+@pytest.mark.parametrize("stride", [1, 4, 16, 32, 64])
+def test_an_exact_level_has_ceiling_sizes_and_their_mask(stride: int) -> None:
+    for h, w in [(1, 1), (17, 33), (64, 65), (97, 130)]:
+        images = nested_tensor_from_tensor_list([torch.ones(1, h, w), torch.ones(1, 131, 160)])
+        cells = torch.ones(2, 1, math.ceil(131 / stride), math.ceil(160 / stride))
+        level = feature_level(cells, images, stride=stride, padding="exact")
+
+        assert level.sizes[0] == (math.ceil(h / stride), math.ceil(w / stride))
+        assert (~level.mask[0]).sum() == math.ceil(h / stride) * math.ceil(w / stride)
+
+
+def test_the_mask_of_zeros_mode_is_the_nearest_one() -> None:
+    images = nested_tensor_from_tensor_list([torch.ones(1, 800, 10), torch.ones(1, 1066, 32)])
+    level = feature_level(torch.ones(2, 1, 34, 1), images, stride=32, padding="zeros")
+
+    # 26 valid cells where ceil(800 / 32) is 25: the published rounding depends on the batch
+    assert level.sizes[0] == (26, 1)
+
+
+def test_valid_sizes_round_up() -> None:
+    assert valid_sizes([(1, 32), (33, 64)], 32) == ((1, 1), (2, 2))
+
+
+def test_measuring_computes_nothing_and_leaves_no_hook() -> None:
+    body = Backbone("resnet50", dilation=True, return_interm_layers=True).body
+    hooks = sum(len(module._forward_pre_hooks) for module in body.modules())
+    measured = measure(body)
+
+    assert measured.strides == {"0": 4, "1": 8, "2": 16, "3": 16}
+    assert measured.channels == {"0": 256, "1": 512, "2": 1024, "3": 2048}
+    assert measured.input_strides["layer3.0.conv2"] == 8
+    assert hooks == sum(len(module._forward_pre_hooks) for module in body.modules())
+
+
+def test_an_output_that_is_no_map_is_refused() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"flat": self.conv(x).flatten(1)}
+
+    with pytest.raises(ConfigError, match="output 'flat' must be a feature map"):
+        measure(Flat())

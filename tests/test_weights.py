@@ -1,0 +1,203 @@
+"""Weights load completely, from a file or the network, or loading is an error that says why."""
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from detr_backbone import Backbone
+from detr_backbone.errors import WeightsError
+from detr_backbone.weights import download, load_weights
+
+NETWORK = torchvision.models.resnet18()
+STATE = NETWORK.state_dict()
+
+
+@pytest.fixture
+def saved(tmp_path: Path):
+    def save(content: Any) -> str:
+        path = tmp_path / "weights.pth"
+        torch.save(content, path)
+        return str(path)
+
+    return save
+
+
+def assert_loaded(backbone: Backbone) -> None:
+    for key, tensor in backbone.body.state_dict().items():
+        assert torch.equal(tensor, STATE[key]), key
+
+
+def test_weights_of_torchvision_load_from_a_file(saved) -> None:
+    backbone = Backbone("resnet18", weights=saved(STATE))
+
+    assert_loaded(backbone)
+    assert backbone.weights is not None
+    assert (backbone.weights.loaded, backbone.weights.left_out) == (100, ("fc.bias", "fc.weight"))
+    assert backbone.weights.sha256 == hashlib.sha256(backbone.weights.source.read_bytes()).hexdigest()
+    assert "loaded 100 tensors from" in str(backbone.weights)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.0.body.", "module.", "detr.backbone.0.body."])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict"])
+def test_a_detectors_checkpoint_gives_its_backbone(saved, prefix: str, wrapper: str) -> None:
+    state = {prefix + key: tensor for key, tensor in STATE.items()} | {"class_embed.weight": torch.ones(2)}
+
+    assert_loaded(Backbone("resnet18", weights=saved({wrapper: state, "epoch": 3})))
+
+
+def test_fewer_stages_take_fewer_tensors(saved) -> None:
+    backbone = Backbone("resnet18", weights=saved(STATE), return_layers=["layer2"])
+
+    assert_loaded(backbone)
+    assert backbone.weights is not None
+    assert "layer4.1" in backbone.weights.left_out
+
+
+def changed(key: str, tensor: Tensor | None) -> dict[str, Tensor]:
+    state = dict(STATE)
+    if tensor is None:
+        del state[key]
+    else:
+        state[key] = tensor
+    return state
+
+
+BAD_WEIGHTS = [
+    (changed("layer4.1.bn2.bias", None), r"lack 1 of 100 tensors .* key=layer4.1.bn2.bias"),
+    (changed("conv1.weight", None), r"lack 1 of 100 tensors .* key=conv1.weight"),
+    (changed("bn1.bias", torch.zeros(3)), r"another shape .* key=bn1.bias \| got \[3\] expected \[64\]"),
+    (changed("bn1.bias", torch.full((64,), torch.nan)), r"must be finite .* key=bn1.bias"),
+    (changed("bn1.running_var", torch.full((64,), -1e-3)), r"must not be negative .* key=bn1.running_var"),
+    (dict(STATE) | {f"ema.{key}": tensor for key, tensor in STATE.items()}, "hold the network once"),
+    ([1, 2], "must be a mapping"),
+    ({}, "lack 100 of 100 tensors .* got keys such as None"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_WEIGHTS)
+def test_bad_weights_name_file_and_key(saved, content: Any, message: str) -> None:
+    path = saved(content)
+    with pytest.raises(WeightsError, match=message) as error:
+        Backbone("resnet18", weights=path)
+    assert path in str(error.value)
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_a_file_that_holds_code_is_refused_and_its_code_is_not_run(saved, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    with pytest.raises(WeightsError, match="cannot be read"):
+        Backbone("resnet18", weights=saved({"model": Evil(marker)}))
+    assert not marker.exists()
+
+
+def test_a_torn_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
+    with pytest.raises(WeightsError, match=r"cannot be read \| where: file=.*torn.pth"):
+        Backbone("resnet18", weights=str(tmp_path / "torn.pth"))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(WeightsError, match=r"existing file or a torchvision name, got nowhere\.pth"):
+        Backbone("resnet18", weights="nowhere.pth")
+
+
+@pytest.mark.parametrize("name", ["IMAGENET1K_V3", "DEFAULT"])
+def test_an_unknown_weights_name_says_what_exists(name: str) -> None:
+    with pytest.raises(WeightsError, match=f"got '{name}', expected one of IMAGENET1K_V1"):
+        Backbone("resnet18", weights=name)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A web server on this machine, and the folder it serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}", folder
+        httpd.shutdown()
+        thread.join()
+
+
+def serve(folder: Path, content: bytes, digest: str | None = None) -> str:
+    name = f"resnet18-{digest or hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(content)
+    return name
+
+
+def test_a_torchvision_name_is_downloaded_checked_and_loaded(server, saved, tmp_path: Path, monkeypatch) -> None:
+    url, folder = server
+    name = serve(folder, Path(saved(STATE)).read_bytes())
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(weights, "_value_", type(weights.value)(url=f"{url}/{name}", transforms=None, meta={}))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    assert_loaded(Backbone("resnet18", weights="IMAGENET1K_V1"))
+    assert (tmp_path / "hub" / "checkpoints" / name).exists()
+
+
+def test_a_file_that_is_there_is_not_downloaded_again(server, tmp_path: Path) -> None:
+    url, folder = server
+    name = serve(folder, b"weights")
+    first = download(f"{url}/{name}", tmp_path / "cache")
+    (folder / name).unlink()
+
+    assert download(f"{url}/{name}", tmp_path / "cache") == first
+
+
+def test_a_download_with_another_hash_is_refused_and_leaves_nothing(server, tmp_path: Path) -> None:
+    url, folder = server
+    name = serve(folder, b"weights", digest="0123abcd")
+    with pytest.raises(WeightsError, match=f"cannot be downloaded .* url={url}/{name} .* invalid hash"):
+        download(f"{url}/{name}", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cached_file_that_was_damaged_is_refused(server, tmp_path: Path) -> None:
+    url, folder = server
+    name = serve(folder, b"weights")
+    download(f"{url}/{name}", tmp_path / "cache").write_bytes(b"weightz")
+
+    with pytest.raises(WeightsError, match=r"damaged .* fix: delete the file"):
+        download(f"{url}/{name}", tmp_path / "cache")
+
+
+def test_a_missing_page_says_where_to_put_the_file(server, tmp_path: Path) -> None:
+    url, _ = server
+    with pytest.raises(WeightsError, match=r"404.* fix: fetch the file by other means and put it at .*cache"):
+        download(f"{url}/resnet18-0123abcd.pth", tmp_path / "cache")
+
+
+def test_a_url_without_a_hash_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"NAME-HASH\.EXT"):
+        download("https://example.org/resnet18.pth", tmp_path)
+
+
+def test_safetensors_load(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(STATE, tmp_path / "weights.safetensors")
+    backbone = Backbone("resnet18")
+    load_weights(backbone.body, str(tmp_path / "weights.safetensors"), name="resnet18")
+
+    assert_loaded(backbone)
