@@ -1,0 +1,24 @@
+"""Reference detectors on the backbone, with their matching, losses and post-processing."""
+
+from detr_backbone.detectors.build import DetectorConfig, build_criterion, build_detector, build_postprocess
+from detr_backbone.detectors.criterion import SetCriterion
+from detr_backbone.detectors.deformable_detr import DeformableDETR
+from detr_backbone.detectors.deformable_transformer import DeformableTransformer
+from detr_backbone.detectors.detr import DETR
+from detr_backbone.detectors.matcher import HungarianMatcher
+from detr_backbone.detectors.postprocess import PostProcess
+from detr_backbone.detectors.transformer import Transformer
+
+__all__ = [
+    "DETR",
+    "DeformableDETR",
+    "DeformableTransformer",
+    "DetectorConfig",
+    "HungarianMatcher",
+    "PostProcess",
+    "SetCriterion",
+    "Transformer",
+    "build_criterion",
+    "build_detector",
+    "build_postprocess",
+]

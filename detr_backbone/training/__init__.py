@@ -1,0 +1,36 @@
+"""Training and using a detector: the one place where the data side and the model side meet."""
+
+from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from detr_backbone.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    SplitConfig,
+    TrainConfig,
+    config_from_dict,
+    config_parser,
+    config_to_dict,
+    parse_config,
+)
+from detr_backbone.training.data import open_split
+from detr_backbone.training.engine import train
+from detr_backbone.training.inference import detector_of, evaluate, picture_files, predict
+
+__all__ = [
+    "Checkpoint",
+    "DataConfig",
+    "OptimizerConfig",
+    "SplitConfig",
+    "TrainConfig",
+    "config_from_dict",
+    "config_parser",
+    "config_to_dict",
+    "detector_of",
+    "evaluate",
+    "load_checkpoint",
+    "open_split",
+    "parse_config",
+    "picture_files",
+    "predict",
+    "save_checkpoint",
+    "train",
+]

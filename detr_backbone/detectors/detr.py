@@ -1,0 +1,94 @@
+"""DETR: a backbone, a transformer over its coarsest feature map, and two heads that read a box from every query.
+
+Source: "End-to-End Object Detection with Transformers" (https://arxiv.org/abs/2005.12872), section 3.2.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr_backbone.backbone import Joiner
+from detr_backbone.detectors.transformer import Transformer
+from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
+
+
+class DETR(nn.Module):
+    """Images in; for each of Q queries class logits and a box out.
+
+    Args:
+        backbone: gives features and positions; only the coarsest level is read.
+        transformer: built with `return_intermediate_dec=True` where `aux_loss` is wanted.
+        num_classes: K; the class head has one logit more, the last, for "no object".
+        num_queries: Q, the most objects found in one image.
+        aux_loss: also give the predictions of every decoder layer but the last.
+
+    Raises:
+        ValueError: `aux_loss` with a transformer that gives the last decoder layer only.
+    """
+
+    def __init__(
+        self,
+        backbone: Joiner,
+        transformer: Transformer,
+        *,
+        num_classes: int,
+        num_queries: int,
+        aux_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        if aux_loss and not transformer.decoder.return_intermediate:
+            raise ValueError("`aux_loss` needs a transformer with `return_intermediate_dec=True`, got False")
+        hidden_dim = transformer.d_model
+        self.num_queries = num_queries
+        self.aux_loss = aux_loss
+        # Published optimizer states number parameters in this order.
+        self.transformer = transformer
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, output_dim=4, num_layers=3)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        self.backbone = backbone
+
+    def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
+        """Predictions for every query.
+
+        Args:
+            images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
+
+        Returns:
+            `pred_logits` [B, Q, K + 1]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as shares of the image without its
+            padding; with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first.
+        """
+        features, positions = self.backbone(as_nested_tensor(images))
+        src, mask = features[-1].decompose()
+        hidden, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
+        # bfloat16 places a box at the right edge no better than within 1/256 of the image: no autocast in the heads.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(self.class_embed.weight.dtype)
+            logits, boxes = self.class_embed(hidden), self.bbox_embed(hidden).sigmoid()
+        outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        if self.aux_loss:
+            earlier = zip(logits[:-1], boxes[:-1], strict=True)
+            outputs["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
+        return outputs
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; with `num_layers=1` a single linear layer."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From [..., input_dim] to [..., output_dim]."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        out: Tensor = last(x)
+        return out

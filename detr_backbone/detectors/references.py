@@ -1,0 +1,60 @@
+"""Where the queries of a deformable transformer stand: the cells' centres, and the points and boxes it looks around.
+
+All are (x, y) or (cx, cy, w, h) as shares of the image without its padding, so that they do not depend on the padding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_backbone.nested_tensor import NestedTensor, Size
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of all levels in sequence: where they are padding, and where they stand in their image."""
+
+    spatial_shapes: list[Size]
+    mask: Tensor  # [B, S], True on padding
+    centres: Tensor  # [B, S, 2], (x, y) as a share of the image without its padding
+    valid_ratios: Tensor  # [B, L, 2], the image's share (x, y) of the padded level
+
+    @classmethod
+    def of(cls, levels: Sequence[NestedTensor]) -> "Cells":
+        centres, ratios = [], []
+        for level in levels:
+            valid = ~level.mask
+            height, width = valid.shape[1:]
+            valid_height, valid_width = valid[:, :, 0].sum(dim=1), valid[:, 0].sum(dim=1)
+            y = (torch.arange(height, device=valid.device) + 0.5) / valid_height[:, None]
+            x = (torch.arange(width, device=valid.device) + 0.5) / valid_width[:, None]
+            x, y = x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)
+            centres.append(torch.stack([x, y], dim=-1).flatten(1, 2))
+            ratios.append(torch.stack([valid_width / width, valid_height / height], dim=-1))
+        return cls(
+            spatial_shapes=[(level.mask.shape[1], level.mask.shape[2]) for level in levels],
+            mask=torch.cat([level.mask.flatten(1) for level in levels], dim=1),
+            centres=torch.cat(centres, dim=1),
+            valid_ratios=torch.stack(ratios, dim=1),
+        )
+
+    def on_levels(self, references: Tensor) -> Tensor:
+        """References [B, Q, 2 or 4] as shares of each padded level, [B, Q, L, 2 or 4]."""
+        return references[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, references.shape[-1] // 2)
+
+
+def refine(references: Tensor, change: Tensor) -> Tensor:
+    """Boxes cxcywh from points [..., 2] or boxes [..., 4], changed in logit space by what a box head [..., 4] says."""
+    start = references.logit(eps=1e-5)
+    return (F.pad(start, (0, 4 - start.shape[-1])) + change).sigmoid()
+
+
+def box_encoding(boxes: Tensor, num_pos_feats: int) -> Tensor:
+    """Sines and cosines of (cx, cy, w, h) [B, Q, 4] as of a cell's position, [B, Q, 4P]."""
+    pair = torch.arange(num_pos_feats // 2, device=boxes.device)
+    angle = boxes[..., None] * 2 * math.pi / 10000 ** (2 * pair / num_pos_feats)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(2)

@@ -1,0 +1,89 @@
+"""Checkpoints: all that a run needs to go on, and that a prediction needs to name what it sees."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from detr_backbone.errors import CheckpointError
+
+KEYS = ("model", "optimizer", "schedule", "epoch", "rng", "config", "category_ids", "category_names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a run after a whole number of epochs.
+
+    Attributes:
+        model: the detector's state dict, under the published keys.
+        optimizer, schedule: their state dicts.
+        epoch: epochs that are done.
+        rng: the state of torch's CPU generator.
+        config: the resolved configuration, as `config_to_dict` gives it.
+        category_ids, category_names: the dataset's id and name of each label.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    epoch: int
+    rng: Tensor
+    config: Mapping[str, Any]
+    category_ids: tuple[int, ...]
+    category_names: tuple[str, ...]
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint; at every moment `path` holds either the old one or the new one, whole."""
+    temporary = path.with_suffix(".partial")
+    with temporary.open("wb") as file:
+        torch.save({key: getattr(checkpoint, key) for key in KEYS}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint of `save_checkpoint`, on the CPU, running no code that the file might hold.
+
+    Raises:
+        CheckpointError: the file does not exist, is damaged, or is no such checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds, few of which name the file
+        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {error}") from error
+    missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise CheckpointError(f"checkpoint lacks {', '.join(missing)} | where: file={path} | fix: was it saved here?")
+    return Checkpoint(**{key: content[key] for key in KEYS})
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
+    """Continue from a checkpoint: weights, optimiser, schedule and torch's generator.
+
+    Raises:
+        CheckpointError: it belongs to another detector.
+    """
+    load_model(checkpoint, model)
+    optimizer.load_state_dict(dict(checkpoint.optimizer))
+    schedule.load_state_dict(dict(checkpoint.schedule))
+    torch.set_rng_state(checkpoint.rng)
+
+
+def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Load the detector of a checkpoint, every tensor of it.
+
+    Raises:
+        CheckpointError: it belongs to another detector; the message names the first difference.
+    """
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint is of another detector | got {error}") from error

@@ -1,0 +1,201 @@
+"""Everything that decides a run, in one configuration: defaults, then YAML files, then `--key.sub value`."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from detr_backbone.coco.transforms import TransformConfig
+from detr_backbone.detectors import DetectorConfig
+from detr_backbone.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """One part of a dataset in COCO format.
+
+    Args:
+        images: the folder of the pictures.
+        annotations: the JSON file.
+    """
+
+    images: str = ""
+    annotations: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and what is evaluated.
+
+    Args:
+        train: the training split.
+        val: the split that is evaluated.
+        transforms: how pictures are resized, varied and normalised.
+        batch_size: images per batch and process.
+        num_workers: processes that read images; 0 reads them in the training process.
+    """
+
+    train: SplitConfig = field(default_factory=SplitConfig)
+    val: SplitConfig = field(default_factory=SplitConfig)
+    transforms: TransformConfig = field(default_factory=TransformConfig)
+    batch_size: int = 2
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigError(f"`batch_size` must be at least 1 and `num_workers` at least 0, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule; option names and defaults are those of DETR (arXiv 2005.12872, section A.4).
+
+    Args:
+        lr: learning rate outside the backbone.
+        lr_backbone: learning rate of the backbone.
+        lr_linear_proj_mult: factor on `lr` for sampling offsets and reference points; Deformable DETR publishes 0.1
+            (arXiv 2010.04159, section 5).
+        weight_decay: of every parameter.
+        clip_max_norm: the gradient's norm is clipped to it; 0 does not clip.
+        epochs: passes over the training data.
+        warmup_steps: steps over which the learning rate rises from 0.
+        schedule: "step" multiplies by 0.1 after `lr_drop` epochs; "cosine" falls to 0 over the whole run.
+        lr_drop: epochs before the drop of "step".
+    """
+
+    lr: float = 1e-4
+    lr_backbone: float = 1e-5
+    lr_linear_proj_mult: float = 1.0
+    weight_decay: float = 1e-4
+    clip_max_norm: float = 0.1
+    epochs: int = 300
+    warmup_steps: int = 0
+    schedule: Literal["step", "cosine"] = "step"
+    lr_drop: int = 200
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.lr <= 0 or min(self.lr_backbone, self.clip_max_norm, self.warmup_steps) < 0:
+            raise ConfigError(f"`epochs` and `lr` must be positive, rates, norms and steps not negative, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: a detector, its data, its optimiser.
+
+    Args:
+        output_dir: the folder of checkpoints, log and resolved configuration.
+        detector: the detector.
+        data: the data.
+        optimizer: the optimiser.
+        mixed_precision: "bf16" computes the detector under autocast.
+        calibration_images: training images from which a backbone without pretrained weights takes its frozen BatchNorm
+            statistics before the first step; 0 leaves them at (0, 1).
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        seed: of weights, order and transforms.
+        resume: continue from the checkpoint in `output_dir`.
+    """
+
+    output_dir: str = "runs/run"
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    calibration_images: int = 256
+    eval_every: int = 1
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eval_every < 1 or self.calibration_images < 0:
+            raise ConfigError(
+                f"`eval_every` must be at least 1 and `calibration_images` at least 0, got {self.eval_every} and "
+                f"{self.calibration_images}"
+            )
+
+
+class _YamlFile(ActionConfigFile):
+    """`--config F`, refusing a file that gives one key twice: YAML readers keep the last one in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if Path(str(values)).is_file():
+            refuse_duplicate_keys(Path(str(values)))
+        super().__call__(parser, namespace, values, option_string)
+
+
+def config_parser(description: str) -> ArgumentParser:
+    """A command line that takes `--config F` and every key of TrainConfig as `--key.sub value`; later ones win."""
+    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action=_YamlFile, help="YAML file; several are read in order")
+    parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=True)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for; what is wrong with it ends the program with one message."""
+    parser = config_parser("Train a detector on a dataset in COCO format, and evaluate it.")
+    return config_of(parser, parser.parse_args(arguments))
+
+
+def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
+    """The configuration in what a `config_parser` parsed."""
+    keys = TrainConfig.__dataclass_fields__
+    try:
+        instantiated = parser.instantiate_classes(parsed)
+        return TrainConfig(**{key: instantiated[key] for key in keys})
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain dicts, lists, numbers and strings, to be written into files."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
+
+
+def config_from_dict(content: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that `config_to_dict` wrote.
+
+    Raises:
+        ConfigError: a key is unknown or a value does not fit.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    try:
+        return config_of(parser, parser.parse_object(dict(content)))
+    except Exception as error:
+        raise ConfigError(f"a saved configuration cannot be read: {error}") from error
+
+
+def refuse_duplicate_keys(path: Path) -> None:
+    """Refuse a YAML file in which a mapping has one key twice.
+
+    Raises:
+        ConfigError: naming file, line and key.
+    """
+    try:
+        nodes = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except yaml.YAMLError:
+        return  # the parser that reads the file next says what is wrong with it
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            for (key, value), earlier in zip(node.value, range(len(keys)), strict=True):
+                if key.value in keys[:earlier]:
+                    raise ConfigError(
+                        f"a key must stand once | where: file={path} line={key.start_mark.line + 1} key={key.value}"
+                    )
+                nodes.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

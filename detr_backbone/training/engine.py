@@ -1,0 +1,141 @@
+"""Training a detector: one loop, on any device that Accelerate knows, that ends with COCO's numbers."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from detr_backbone.coco.dataset import CocoDetection
+from detr_backbone.coco.evaluator import CocoResult
+from detr_backbone.detectors import build_criterion, build_detector, build_postprocess
+from detr_backbone.errors import CheckpointError, ConfigError
+from detr_backbone.frozen_batch_norm import calibrate_frozen_batch_norm
+from detr_backbone.nested_tensor import NestedTensor
+from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, restore, save_checkpoint
+from detr_backbone.training.config import TrainConfig, config_to_dict
+from detr_backbone.training.data import Loader, open_split, seed_epoch, train_loader
+from detr_backbone.training.inference import evaluate
+from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient, describe_groups
+from detr_backbone.training.progress import Means, RunLog
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def train(config: TrainConfig) -> CocoResult:
+    """Train the detector of a configuration and return its numbers on the validation split after the last epoch.
+
+    Writes into `config.output_dir`: `config.yaml` (resolved), `metrics.csv` (a row per epoch) and `checkpoint.pt`
+    (after every epoch). Runs in one process, or in several under `torchrun`.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or the data.
+        AnnotationError, DataError: a dataset contradicts itself, or files are missing.
+        NumericsError: a loss or an output is not finite; the message names it and the images.
+        CheckpointError: `resume` finds no checkpoint or that of another detector; without it, the folder holds one.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    try:
+        return _train(config, accelerator)
+    finally:
+        accelerator.end_training()
+        accelerator.free_memory()
+
+
+def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
+    folder = Path(config.output_dir)
+    previous = _previous_checkpoint(folder / CHECKPOINT, resume=config.resume)
+    train_set = open_split(config.data, config.data.train, train=True)
+    val_set = open_split(config.data, config.data.val, train=False)
+    config = _resolved(config, train_set, val_set)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+    log = RunLog(folder, is_main=accelerator.is_main_process)
+
+    set_seed(config.seed)
+    loader = train_loader(train_set, config.data, world_size=accelerator.num_processes, rank=accelerator.process_index)
+    model = build_detector(config.detector).to(accelerator.device)
+    criterion = build_criterion(config.detector).to(accelerator.device)
+    postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
+    optimizer = build_optimizer(model, config.optimizer)
+    schedule = build_schedule(optimizer, config.optimizer, len(loader))
+    log.say(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} steps per epoch")
+    log.say(describe_groups(optimizer))
+    if previous is not None:
+        restore(previous, model, optimizer, schedule)
+        log.say(f"resumed after epoch {previous.epoch}")
+    elif config.detector.backbone.weights is None and config.calibration_images:
+        seed_epoch(loader, config.seed, epoch=0)
+        taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
+        log.say(f"no pretrained weights: frozen BatchNorm took its statistics from {taken} training images")
+    # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
+    prepared = accelerator.prepare(model)
+
+    for epoch in range(previous.epoch + 1 if previous else 1, config.optimizer.epochs + 1):
+        seed_epoch(loader, config.seed, epoch)
+        means = Means()
+        prepared.train()
+        for images, targets in log.steps(loader, means, f"epoch {epoch}/{config.optimizer.epochs}"):
+            losses = criterion(prepared(images.to(accelerator.device, non_blocking=True)), targets)
+            loss = criterion.weighted_sum(losses)
+            accelerator.backward(loss)
+            clip_gradient(model.parameters(), config.optimizer.clip_max_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            means.add({"loss": loss, **losses})
+        if accelerator.is_main_process:
+            state = Checkpoint(
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(),
+                epoch=epoch,
+                rng=torch.get_rng_state(),
+                config=config_to_dict(config),
+                category_ids=train_set.category_ids,
+                category_names=train_set.category_names,
+            )
+            save_checkpoint(state, folder / CHECKPOINT)
+        stats = {}
+        if epoch % config.eval_every == 0 and epoch < config.optimizer.epochs:
+            stats = dict(evaluate(model, postprocess, val_set, config.data, accelerator)[0].stats)
+        log.epoch(epoch, step=epoch * len(loader), lr=float(schedule.get_last_lr()[0]), means=means, stats=stats)
+    result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
+    log.say(str(result))
+    return result
+
+
+def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
+    if resume:
+        return load_checkpoint(path)
+    if path.exists():
+        raise CheckpointError(
+            f"a run must not overwrite another | where: file={path} | fix: --resume true, or another --output_dir"
+        )
+    return None
+
+
+def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetection) -> TrainConfig:
+    """The configuration with the number of classes that the data has."""
+    if train_set.category_ids != val_set.category_ids:
+        raise ConfigError(
+            "`data.train` and `data.val` must have the same category ids, got "
+            f"{list(train_set.category_ids)} and {list(val_set.category_ids)}"
+        )
+    asked = config.detector.num_classes
+    if asked not in (None, train_set.num_classes):
+        raise ConfigError(f"`detector.num_classes` must be null or {train_set.num_classes} as in the data, got {asked}")
+    return replace(config, detector=replace(config.detector, num_classes=train_set.num_classes))
+
+
+def _images(loader: Loader, count: int, accelerator: Accelerator) -> Iterator[NestedTensor]:
+    """Batches of images until `count` of them came."""
+    for images, _ in loader:
+        yield images.to(accelerator.device)
+        count -= len(images)
+        if count <= 0:
+            return

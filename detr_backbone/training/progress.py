@@ -1,0 +1,87 @@
+"""What a run shows while it goes, and what it writes down: a bar with losses and time left, and a CSV file."""
+
+import csv
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from detr_backbone.coco.evaluator import STATS
+from detr_backbone.training.data import Batch, Loader
+
+LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS)
+
+
+class Means:
+    """Running means of the losses of an epoch."""
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(LOSSES, 0.0)
+        self._count = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count the losses of one step."""
+        self._count += 1
+        for name in LOSSES:
+            self._sums[name] += float(losses[name])
+
+    def values(self) -> dict[str, float]:
+        """The mean of each loss so far."""
+        return {name: total / max(1, self._count) for name, total in self._sums.items()}
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {value:.3f}" for name, value in self.values().items() if name.startswith("loss"))
+
+
+class RunLog:
+    """The run's console and its `metrics.csv`, one row per epoch.
+
+    Args:
+        folder: where `metrics.csv` stands; rows are added to one that is there.
+        is_main: whether this process shows and writes anything at all.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool) -> None:
+        self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._path = folder / "metrics.csv" if is_main else None
+        self._start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print text as it is."""
+        self.console.print(text, markup=False)
+
+    def steps(self, loader: Loader, means: Means, title: str) -> Iterator[Batch]:
+        """The batches of an epoch, with a bar that shows `means` and the time left."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[means]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(title, total=len(loader), means="")
+            for batch in loader:
+                yield batch
+                bar.update(task, advance=1, means=str(means))
+
+    def epoch(self, epoch: int, *, step: int, lr: float, means: Means, stats: Mapping[str, float]) -> None:
+        """Print one line and write one row; `stats` is empty where nothing was evaluated."""
+        seconds = time.monotonic() - self._start
+        evaluated = "".join(f"  {name} {stats[name]:.3f}" for name in ("AP", "AP50") if stats)
+        self.say(f"epoch {epoch:>3}  {seconds / 60:5.1f} min  {means}{evaluated}")
+        if self._path is None:
+            return
+        is_new = not self._path.exists()
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            values = {"epoch": epoch, "step": step, "seconds": seconds, "lr": lr, **means.values(), **stats}
+            writer.writerow({name: round(value, 6) for name, value in values.items()})

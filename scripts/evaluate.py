@@ -1,0 +1,64 @@
+"""COCO's numbers of a checkpoint: python scripts/evaluate.py --checkpoint runs/shapes/checkpoint.pt."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from jsonargparse import auto_cli
+
+from detr_backbone.detectors import build_detector, build_postprocess
+from detr_backbone.training import SplitConfig, detector_of, evaluate, load_checkpoint, open_split, parse_config
+
+
+def main(
+    *,
+    checkpoint: str | None = None,
+    config: str | None = None,
+    images: str | None = None,
+    annotations: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Evaluate a detector on a dataset in COCO format.
+
+    Args:
+        checkpoint: the trained detector; its own configuration says what it is.
+        config: without a checkpoint, the configuration of a detector that is evaluated untrained.
+        images: the folder of the pictures; the validation split of the configuration if left out.
+        annotations: the COCO file of the pictures.
+        output: a folder for the numbers (results.json) and all detections (detections.json).
+    """
+    if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
+        raise SystemExit("give --checkpoint or --config, and --images and --annotations together or not at all")
+    accelerator = Accelerator()
+    if checkpoint is not None:
+        loaded = load_checkpoint(checkpoint)
+        model, settings = detector_of(loaded)
+    else:
+        settings = parse_config(["--config", str(config)])
+    split = settings.data.val if images is None else SplitConfig(images=images, annotations=str(annotations))
+    dataset = open_split(settings.data, split, train=False)
+    if checkpoint is None:
+        print("no checkpoint: this detector is untrained")
+        settings = replace(settings, detector=replace(settings.detector, num_classes=dataset.num_classes))
+        model = build_detector(settings.detector)
+    elif tuple(loaded.category_ids) != dataset.category_ids:
+        raise SystemExit(
+            f"the detector was trained on category ids {list(loaded.category_ids)}, "
+            f"got a dataset with {list(dataset.category_ids)}"
+        )
+    postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
+    result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)
+    if accelerator.is_main_process:
+        print(result)
+        if output is not None:
+            folder = Path(output)
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = {"stats": dict(result.stats), "per_class": dict(result.per_class), "images": result.num_images}
+            (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+            (folder / "detections.json").write_text(json.dumps(evaluator.detections), encoding="utf-8")
+    accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    auto_cli(main, allow_abbrev=False)

@@ -1,0 +1,6 @@
+"""Train a detector: python scripts/train.py --config configs/shapes.yaml [--optimizer.epochs 5]."""
+
+from detr_backbone.training import parse_config, train
+
+if __name__ == "__main__":
+    train(parse_config())

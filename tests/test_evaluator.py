@@ -1,0 +1,287 @@
+"""COCO average precision that cannot be flattered by what is missing or not a number."""
+
+import contextlib
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from detr_backbone.coco.evaluator import STATS, CocoEvaluator
+from detr_backbone.errors import EvaluationError
+
+HALF = 51 / 101
+"""AP when one of two objects is found first: precision 1 at the recalls 0, 0.01 .. 0.5 of 101."""
+
+
+def toy(**changes: Any) -> dict[str, Any]:
+    """Two images with one box of 20 x 20 each."""
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20]} for i in (1, 2)],
+    } | changes
+
+
+def found(*boxes: list[float], label: int = 1, score: float = 0.9) -> dict[str, Tensor]:
+    return {
+        "scores": torch.full((len(boxes),), score),
+        "labels": torch.full((len(boxes),), label),
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+    }
+
+
+RIGHT = [10.0, 10.0, 30.0, 30.0]
+
+
+def plain_pycocotools(content: dict[str, Any], detections: Any) -> np.ndarray:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(content)
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes([dict(found) for found in detections]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def test_perfect_detections_score_one() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(RIGHT)})
+    evaluator.update({2: found(RIGHT)})
+
+    result = evaluator.compute()
+
+    assert result.stats["AP"] == result.stats["AP_small"] == result.stats["AR_1"] == pytest.approx(1)
+    assert result.stats["AP_large"] == -1  # there is no large object
+    assert result.per_class == {"cat": pytest.approx(1)}
+    assert (result.num_images, result.num_expected) == (2, 2)
+
+
+def test_a_ground_truth_with_the_id_zero_is_matched() -> None:
+    boxes = [{"id": i, "image_id": i + 1, "category_id": 1, "bbox": [10, 10, 20, 20]} for i in (0, 1)]
+    evaluator = CocoEvaluator(toy(annotations=boxes))
+    evaluator.update({1: found(RIGHT), 2: found(RIGHT)})
+
+    assert evaluator.compute().stats["AP"] == pytest.approx(1)
+
+
+def test_a_part_of_the_images_is_refused() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(RIGHT)})
+
+    with pytest.raises(EvaluationError, match=r"image_id=2 \| got 1 of 2 images, first missing \[2\]"):
+        evaluator.compute()
+
+
+def test_images_that_were_not_seen_count_as_images_without_detections() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(RIGHT)})
+
+    result = evaluator.compute(allow_partial=True)
+
+    assert result.stats["AP"] == pytest.approx(HALF)
+    assert (result.num_images, result.num_expected) == (1, 2)
+
+
+def test_a_subset_is_evaluated_over_its_own_images() -> None:
+    evaluator = CocoEvaluator(toy(), image_ids=[2])
+    evaluator.update({2: found(RIGHT)})
+
+    result = evaluator.compute()
+
+    assert result.stats["AP"] == pytest.approx(1)
+    assert result.num_expected == 1
+
+
+def test_no_detections_at_all_score_zero() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(), 2: found()})
+
+    assert evaluator.compute().stats["AP"] == 0
+
+
+def test_without_ground_truth_there_is_no_score() -> None:
+    evaluator = CocoEvaluator(toy(annotations=[]))
+    evaluator.update({1: found(RIGHT), 2: found()})
+
+    assert evaluator.compute().stats["AP"] == -1
+
+
+def test_a_detection_on_a_crowd_is_ignored() -> None:
+    crowd = {"id": 3, "image_id": 1, "category_id": 1, "bbox": [50, 50, 40, 40], "iscrowd": 1}
+    evaluator = CocoEvaluator(toy(annotations=[*toy()["annotations"], crowd]))
+    evaluator.update({1: found([55, 55, 60, 60], [70, 70, 80, 80], score=1.0)} | {2: found(RIGHT)})
+
+    assert evaluator.compute(allow_partial=True).stats["AP"] == pytest.approx(HALF)
+
+
+def test_the_hundred_best_detections_count() -> None:
+    wrong = [[60.0, 60.0, 70.0, 70.0]] * 100
+    scores = torch.linspace(0.9, 0.5, 101)
+    stats = []
+    for right in (99, 100):  # the place of the right one by its score
+        boxes = torch.tensor([*wrong[:right], RIGHT, *wrong[right:]])
+        evaluator = CocoEvaluator(toy(), image_ids=[1])
+        evaluator.update({1: {"scores": scores, "labels": torch.ones(101, dtype=torch.int64), "boxes": boxes}})
+        stats.append(evaluator.compute().stats["AP"])
+
+    assert stats == [pytest.approx(0.01), 0]  # one right in 100; none
+
+
+def random_set(rng: np.random.Generator) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """30 images, 5 categories with gaps, boxes of all sizes, crowds; predictions near them and far too many others."""
+    categories = (1, 3, 7, 8, 90)
+    content = toy(
+        images=[{"id": i * 3, "file_name": f"{i}.png", "width": 640, "height": 480} for i in range(1, 31)],
+        categories=[{"id": i, "name": f"class {i}"} for i in categories],
+        annotations=[],
+    )
+    predictions = {}
+    for image in content["images"]:
+        boxes, labels = [], []
+        for _ in range(rng.integers(0, 8)):
+            box = [*rng.uniform(0, 300, 2), *np.exp(rng.uniform(2, 5, 2))]
+            label = int(rng.choice(categories[:-1]))
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "category_id": label,
+                    "bbox": box,
+                    "area": box[2] * box[3] * 0.7,
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
+            near = np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]])
+            boxes += [near + rng.normal(0, 2, 4) for _ in range(rng.integers(0, 3))]
+            labels += [label if rng.random() < 0.9 else 90] * (len(boxes) - len(labels))
+        for _ in range(rng.integers(0, 150)):
+            corner = rng.uniform(0, 300, 2)
+            boxes.append(np.concatenate([corner, corner + rng.uniform(0, 200, 2)]))
+            labels.append(1)
+        predictions[image["id"]] = {
+            "scores": torch.from_numpy(rng.random(len(boxes))).float(),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "boxes": torch.from_numpy(np.array(boxes).reshape(-1, 4)).float(),
+        }
+    return content, predictions
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_valid_input_scores_as_with_pycocotools(seed: int) -> None:
+    content, predictions = random_set(np.random.default_rng(seed))
+    evaluator = CocoEvaluator(content)
+    evaluator.update(predictions)
+
+    stats = evaluator.compute().stats
+
+    detections = [
+        {"image_id": i, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(score)}
+        for i, fields in predictions.items()
+        for label, score, (x1, y1, x2, y2) in zip(
+            fields["labels"], fields["scores"], fields["boxes"].double().numpy(), strict=True
+        )
+    ]
+    # the same arithmetic on the same doubles: no tolerance
+    assert list(stats.values()) == plain_pycocotools(content, detections).tolist()
+    assert tuple(stats) == STATS
+    assert 0 < stats["AP"] < 1
+
+
+def test_the_mean_over_the_classes_is_the_ap() -> None:
+    content, predictions = random_set(np.random.default_rng(0))
+    evaluator = CocoEvaluator(content)
+    evaluator.update(predictions)
+
+    result = evaluator.compute()
+
+    assert result.per_class["class 90"] == -1  # predicted, but never there
+    there = [value for value in result.per_class.values() if value >= 0]
+    assert len(there) == 4
+    assert np.mean(there) == pytest.approx(result.stats["AP"])
+
+
+def test_detections_are_a_coco_results_file() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({2: found([1.0, 2.0, 4.0, 8.0], score=0.5)})
+    evaluator.update({1: found()})
+
+    assert evaluator.detections == [{"image_id": 2, "category_id": 1, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}]
+
+
+def test_the_table_gives_percent() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(RIGHT)})
+
+    lines = str(evaluator.compute(allow_partial=True)).splitlines()
+
+    assert lines[:2] == ["images 1 of 2", "AP         50.5"]
+    assert "AP_large      -" in lines
+    assert lines[-1] == "cat  50.5"
+
+
+def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluator = CocoEvaluator(toy(), image_ids=[1])
+    evaluator.update({1: found(RIGHT)})
+    evaluator.compute()
+
+    assert capsys.readouterr() == ("", "")
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = {
+    "NaN score": ({1: found(RIGHT, score=NAN)}, "image_id=1 key=scores | got 1 of 1"),
+    "NaN box": ({1: found(RIGHT, [NAN, 1, 2, 3])}, "image_id=1 key=boxes | got 1 of 8"),
+    "infinite box": ({1: found([1, 1, INF, INF])}, "image_id=1 key=boxes | got 2 of 4"),
+    "x2 before x1": ({1: found(RIGHT, [5, 1, 4, 9])}, "image_id=1 key=boxes index=1 | got [5.0, 1.0, 4.0, 9.0]"),
+    "y2 before y1": ({1: found([1, 5, 9, 4])}, "image_id=1 key=boxes index=0 |"),
+    "unknown images": (
+        {i: found() for i in range(1, 9)},
+        "key=image_id | got 6 unknown, first [3, 4, 5, 6, 7] expected",
+    ),
+    "unknown category": ({1: found(RIGHT, label=2)}, "image_id=1 key=labels | got 1 unknown, first [2]"),
+    "label as a float": ({1: found(RIGHT) | {"labels": torch.ones(1)}}, "image_id=1 key=labels | got torch.float32"),
+    "fewer labels": ({1: found(RIGHT) | {"labels": torch.ones(0).long()}}, "key=labels | got [0] expected [1]"),
+    "flat boxes": ({1: found(RIGHT) | {"boxes": torch.tensor(RIGHT)}}, "key=boxes | got [4] expected [1, 4]"),
+    "no scores": ({1: {"labels": torch.ones(0), "boxes": torch.ones(0, 4)}}, "image_id=1 key=scores | got ['boxes', "),
+}
+
+
+@pytest.mark.parametrize(("predictions", "where"), WRONG.values(), ids=WRONG)
+def test_predictions_that_are_wrong_are_named(predictions: dict[int, dict[str, Tensor]], where: str) -> None:
+    evaluator = CocoEvaluator(toy())
+
+    with pytest.raises(EvaluationError) as error:
+        evaluator.update(predictions)
+
+    assert where in str(error.value)
+    assert evaluator.detections == []
+
+
+def test_an_image_that_comes_twice_is_an_error() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(RIGHT)})
+
+    with pytest.raises(EvaluationError, match=r"image_id=1 \| got 1 again, first \[1\]"):
+        evaluator.update({1: found(RIGHT), 2: found(RIGHT)})
+
+
+def test_a_subset_of_unknown_images_is_an_error() -> None:
+    with pytest.raises(EvaluationError, match=r"key=image_ids \| got 1 unknown, first \[5\]"):
+        CocoEvaluator(toy(), image_ids=[1, 5])
+
+
+def test_annotations_come_from_a_file_too(tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "x.json").write_text(json.dumps(toy()))
+
+    assert CocoEvaluator(tmp_path / "x.json").image_ids == (1, 2)

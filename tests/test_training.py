@@ -1,0 +1,223 @@
+"""From a COCO folder to an AP: train, stop, resume, evaluate, predict."""
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from detr_backbone import BackboneConfig
+from detr_backbone.coco.shapes import draw_shapes
+from detr_backbone.coco.transforms import TransformConfig
+from detr_backbone.detectors import DetectorConfig, build_detector, build_postprocess
+from detr_backbone.errors import CheckpointError, ConfigError
+from detr_backbone.training import (
+    DataConfig,
+    OptimizerConfig,
+    SplitConfig,
+    TrainConfig,
+    detector_of,
+    load_checkpoint,
+    picture_files,
+    predict,
+    train,
+)
+from detr_backbone.training.checkpoint import load_model
+from detr_backbone.training.engine import CHECKPOINT
+from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    draw_shapes(folder, train=10, val=4, image_size=64)
+    return folder
+
+
+def tiny(shapes: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A configuration that trains in a second or two."""
+    config = TrainConfig(
+        output_dir=str(output),
+        detector=DetectorConfig(
+            name="deformable_detr",
+            backbone=BackboneConfig(name="resnet18", return_layers=("layer3", "layer4"), hidden_dim=32),
+            num_queries=5,
+            nheads=4,
+            enc_layers=1,
+            dec_layers=2,
+            dim_feedforward=32,
+            with_box_refine=True,
+        ),
+        data=DataConfig(
+            train=SplitConfig(
+                images=str(shapes / "train"), annotations=str(shapes / "annotations" / "instances_train.json")
+            ),
+            val=SplitConfig(images=str(shapes / "val"), annotations=str(shapes / "annotations" / "instances_val.json")),
+            transforms=TransformConfig(scales=(48, 64), max_size=64, crop=False, eval_size=64),
+            batch_size=4,
+            num_workers=0,
+        ),
+        optimizer=OptimizerConfig(epochs=2, lr_drop=1),
+        calibration_images=4,
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="session")
+def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(tiny(shapes, folder))
+    return folder
+
+
+def test_a_run_leaves_its_configuration_its_log_and_its_checkpoint(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.csv", CHECKPOINT}
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["detector"]["num_classes"] >= 3
+
+
+def test_the_log_has_a_row_of_finite_losses_for_every_epoch(run: Path) -> None:
+    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("2", "4")]
+    assert all(math.isfinite(float(row[name])) for row in rows for name in ("loss", "loss_ce", "loss_bbox", "AP"))
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_ends(run: Path, shapes: Path, tmp_path: Path) -> None:
+    one_epoch = OptimizerConfig(epochs=1, lr_drop=1)
+    train(tiny(shapes, tmp_path / "run", optimizer=one_epoch))
+    train(tiny(shapes, tmp_path / "run", resume=True))
+
+    unbroken, resumed = load_checkpoint(run / CHECKPOINT), load_checkpoint(tmp_path / "run" / CHECKPOINT)
+    assert resumed.epoch == 2
+    for name, tensor in unbroken.model.items():
+        assert torch.equal(tensor, resumed.model[name]), name
+
+
+def test_a_run_does_not_overwrite_another(run: Path, shapes: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"must not overwrite .* fix: --resume true"):
+        train(tiny(shapes, run))
+
+
+def test_resuming_nothing_is_an_error(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(tiny(shapes, tmp_path / "none", resume=True))
+
+
+def test_the_number_of_classes_is_the_datas(shapes: Path, tmp_path: Path) -> None:
+    config = tiny(shapes, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"`detector.num_classes` must be null or \d+ as in the data, got 91"):
+        train(replace(config, detector=replace(config.detector, num_classes=91)))
+
+
+def test_a_split_that_is_not_set_is_named(shapes: Path, tmp_path: Path) -> None:
+    config = tiny(shapes, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"`data.val.images` and `data.val.annotations` must be set"):
+        train(replace(config, data=replace(config.data, val=SplitConfig())))
+
+
+def test_a_checkpoint_gives_the_detector_back(run: Path) -> None:
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    model, config = detector_of(checkpoint)
+
+    assert config.detector.num_classes == len(checkpoint.category_names)
+    assert not model.training
+    assert all(torch.equal(tensor, checkpoint.model[name]) for name, tensor in model.state_dict().items())
+
+
+def test_predictions_are_boxes_in_pixels_of_the_picture(run: Path, shapes: Path) -> None:
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    model, config = detector_of(checkpoint)
+    postprocess = build_postprocess(config.detector, category_ids=checkpoint.category_ids)
+    pictures = [Image.new("RGB", (300, 200)), Image.open(picture_files(shapes / "val")[0]).convert("RGB")]
+
+    first, second = predict(model, postprocess, pictures, config.data.transforms)
+
+    assert first["boxes"][:, 2:].max() > 64  # the picture's own pixels, not those of the resized one
+    assert set(second["labels"].tolist()) <= set(checkpoint.category_ids)
+    assert first["scores"].shape == first["labels"].shape == first["boxes"].shape[:1]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.pt").write_bytes(b"PK torn")
+    with pytest.raises(CheckpointError, match=r"cannot be read \| where: file=.*torn\.pt"):
+        load_checkpoint(tmp_path / "torn.pt")
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"lacks optimizer, .* where: file=.*other\.pt"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_of_another_detector_is_refused(run: Path, shapes: Path, tmp_path: Path) -> None:
+    detector = replace(tiny(shapes, tmp_path).detector, num_classes=1)
+    with pytest.raises(CheckpointError, match="another detector"):
+        load_model(load_checkpoint(run / CHECKPOINT), build_detector(detector))
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a picture or a folder of pictures"):
+        picture_files(tmp_path)
+
+
+def small_model(shapes: Path) -> torch.nn.Module:
+    return build_detector(replace(tiny(shapes, shapes).detector, num_classes=3))
+
+
+def test_every_trained_parameter_is_in_one_group_with_its_rate(shapes: Path) -> None:
+    model = small_model(shapes)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, lr_backbone=0.5, lr_linear_proj_mult=0.1))
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    assert len(rate) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert rate[id(trained["backbone.0.body.layer3.0.conv1.weight"])] == 0.5
+    assert rate[id(trained["transformer.encoder.layers.0.self_attn.sampling_offsets.weight"])] == 0.1
+    assert rate[id(trained["input_proj.0.0.weight"])] == 1.0
+
+
+def rates(config: OptimizerConfig, steps: int) -> list[float]:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 1.0, "name": "detector"}])
+    schedule = build_schedule(optimizer, config, steps_per_epoch=2)
+    seen = []
+    for _ in range(steps):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_the_step_schedule_drops_to_a_tenth() -> None:
+    assert rates(OptimizerConfig(epochs=3, lr_drop=2), 6) == pytest.approx([1, 1, 1, 1, 0.1, 0.1])
+
+
+def test_the_cosine_schedule_falls_to_zero_after_its_warm_up() -> None:
+    got = rates(OptimizerConfig(epochs=2, schedule="cosine", warmup_steps=1), 5)
+
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    assert got == pytest.approx([cosine[0] / 2, *cosine[1:]], abs=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, math.nan])
+    with pytest.raises(RuntimeError, match="non-finite"):
+        clip_gradient([parameter], 0.1)
+
+
+def test_a_gradient_is_clipped_to_its_norm_or_not_at_all() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+
+    assert clip_gradient([parameter], 0) == 5.0
+    assert torch.equal(parameter.grad, torch.tensor([3.0, 4.0]))
+    clip_gradient([parameter], 0.5)
+    assert parameter.grad.norm() == pytest.approx(0.5, rel=1e-5)
