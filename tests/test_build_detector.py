@@ -48,9 +48,9 @@ def images():
         DetectorConfig(
             **DEFORMABLE, backbone=backbone("layer3", "layer4", hidden_dim=64), with_box_refine=True, two_stage=True
         ),
-        DetectorConfig(**DEFORMABLE, backbone=backbone(hidden_dim=64), two_stage=True, aux_loss=False),
+        DetectorConfig(**DEFORMABLE, backbone=backbone(), aux_loss=False),
     ],
-    ids=["detr", "pre_norm", "learned_two_levels", "deformable", "refine_extra_level", "two_stage_refine", "two_stage"],
+    ids=["detr", "pre_norm", "learned_two_levels", "deformable", "refine_extra_level", "two_stage", "no_aux_loss"],
 )
 def test_the_losses_of_every_detector_reach_every_weight_that_trains(config: DetectorConfig) -> None:
     torch.manual_seed(0)
@@ -137,12 +137,17 @@ def test_the_number_of_classes_must_be_set_before_building(build) -> None:
         ({"num_classes": 0}, "`num_classes` must be at least 1, got 0"),
         ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1, got 1.0"),
         ({"set_cost_class": 0, "set_cost_bbox": 0, "set_cost_giou": 0}, "must not be 0, got 0 for all"),
-        (
-            {"name": "deformable_detr", "num_feature_levels": 1, "backbone": backbone("layer3", "layer4")},
-            "`num_feature_levels` must be at least the 2 levels of `backbone.return_layers`, got 1",
-        ),
     ],
 )
 def test_a_configuration_that_contradicts_itself_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DetectorConfig(**options)
+
+
+def test_what_a_part_refuses_is_refused_when_building() -> None:
+    config = DetectorConfig(**DEFORMABLE, backbone=backbone("layer3", "layer4"))
+
+    with pytest.raises(ConfigError, match="`num_feature_levels` must be at least the 2 levels of `backbone`, got 1"):
+        build_detector(replace(config, num_feature_levels=1))
+    with pytest.raises(ConfigError, match="`two_stage` needs `with_box_refine`"):
+        build_detector(replace(config, two_stage=True))

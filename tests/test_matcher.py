@@ -106,14 +106,14 @@ def test_queries_come_in_ascending_order_on_the_cpu_as_int64() -> None:
     assert queries.dtype == found.dtype == torch.int64
 
 
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_predictions_are_matched_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_predictions_are_matched_in_float32(dtype: torch.dtype, weights: tuple[int, int, int]) -> None:
     outputs, targets = drawn(counts=[60, 40], queries=80)  # so many near ties that rounding a cost would show
     half = {name: value.to(dtype) for name, value in outputs.items()}
+    matcher = HungarianMatcher(*weights)
 
-    matches = HungarianMatcher(focal=True)(half, targets)
-
-    torch.testing.assert_close(matches, HungarianMatcher(focal=True)({k: v.float() for k, v in half.items()}, targets))
+    torch.testing.assert_close(matcher(half, targets), matcher({k: v.float() for k, v in half.items()}, targets))
 
 
 def test_no_targets_match_nothing_even_as_an_empty_list_of_numbers() -> None:

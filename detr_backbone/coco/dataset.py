@@ -40,7 +40,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """Images of a folder with the boxes of a COCO file, in the order of their image ids.
 
     Crowd annotations are left out of the targets: they are regions to ignore, and only the evaluation knows how. So are
-    boxes without area, of which COCO train2017 itself has two; boxes that reach outside their image are clipped to it.
+    boxes without area, which hold nothing to find; boxes that reach outside their image are clipped to it.
     `dropped_boxes` and `clipped_boxes` count them.
 
     Args:

@@ -65,7 +65,7 @@ class DetectorConfig:
         enc_n_points: deformable_detr only: sampling points per head and level in the encoder.
         dec_n_points: deformable_detr only: the same in the decoder.
         with_box_refine: deformable_detr only: each decoder layer corrects the boxes of the one before.
-        two_stage: deformable_detr only: queries start from the encoder's best proposals.
+        two_stage: deformable_detr only: queries start from the encoder's best proposals; needs `with_box_refine`.
         set_cost_class: weight of the class cost in matching; Deformable DETR: 2.
         set_cost_bbox: weight of the L1 cost in matching.
         set_cost_giou: weight of the GIoU cost in matching.
@@ -130,19 +130,13 @@ class DetectorConfig:
             raise ConfigError(
                 f"`nheads` must divide `backbone.hidden_dim` {self.backbone.hidden_dim}, got {self.nheads}"
             )
-        levels = len(self.backbone.return_layers)
-        if self.num_feature_levels is not None and self.num_feature_levels < levels:
-            raise ConfigError(
-                f"`num_feature_levels` must be at least the {levels} levels of `backbone.return_layers`, got "
-                f"{self.num_feature_levels}"
-            )
 
 
 def build_detector(config: DetectorConfig) -> DETR | DeformableDETR:
     """The detector that `config` describes, with fresh weights outside the backbone.
 
     Raises:
-        ConfigError: `num_classes` is not set, or the backbone cannot be built.
+        ConfigError: `num_classes` is not set, or a part cannot be built.
         WeightsError: the backbone's weights cannot be loaded completely.
     """
     num_classes = _num_classes(config)

@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from detr_backbone.detectors.matcher import HungarianMatcher, Match, Target, generalized_iou, image_name
+from detr_backbone.detectors.matcher import (
+    FOCAL_GAMMA,
+    HungarianMatcher,
+    Match,
+    Target,
+    generalized_iou,
+    image_name,
+)
 from detr_backbone.errors import NumericsError
 
-FOCAL_GAMMA = 2.0
 BORDER = 0.01  # how far, in image sizes, a target box may reach over the border: rounded annotations do, by a pixel
 
 

@@ -161,7 +161,8 @@ class ValidGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalised [B, C, h, w]; with `valid` [B, h, w] only those cells count, and all others become zeros."""
         if valid is None:
-            return super().forward(x)
+            # F.group_norm would refuse one cell with one channel per group, but only where it is alone in its batch.
+            return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped = at_least_float32(x).view(len(x), self.num_groups, -1, *x.shape[2:])
         share = valid / (valid.sum(dim=(1, 2), keepdim=True) * grouped.shape[2])
         share = share[:, None, None]
@@ -197,6 +198,10 @@ def _check_options(
         raise ConfigError(
             f"`num_feature_levels` must be at least the {len(backbone.channels)} levels of `backbone`, got "
             f"{num_feature_levels}"
+        )
+    if transformer.d_model % GROUPS:
+        raise ConfigError(
+            f"`d_model` must be a multiple of the {GROUPS} groups of GroupNorm, got {transformer.d_model}"
         )
     if two_stage and not with_box_refine:
         raise ConfigError("`two_stage` needs `with_box_refine`, as its proposals are boxes to be refined; got False")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.detectors.deformable_attention import MSDeformAttn, at_least_float32
@@ -20,9 +19,6 @@ from detr_backbone.detectors.references import Cells, box_encoding, refine
 from detr_backbone.detectors.transformer import ACTIVATIONS, Activation
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor
-
-BASE_SCALE = 0.05
-"""Side of the box that a cell of the finest level starts to propose from; doubles from level to level."""
 
 
 class DeformableTransformer(nn.Module):
@@ -151,9 +147,8 @@ class DeformableTransformer(nn.Module):
         class_embed, bbox_embed = self.decoder.class_embed, self.decoder.bbox_embed
         if class_embed is None or bbox_embed is None:
             raise ValueError("a two-stage transformer needs `decoder.class_embed` and `decoder.bbox_embed`, got None")
-        by_level = torch.split(cells.centres, [h * w for h, w in cells.spatial_shapes], dim=1)
-        anchors = torch.cat([F.pad(c, (0, 2), value=BASE_SCALE * 2**level) for level, c in enumerate(by_level)], dim=1)
-        usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True) & ~cells.mask[..., None]
+        anchors = cells.anchors()
+        usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True)  # centres of padding lie beyond 1
         content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
         logits = outside_autocast(class_embed[-1], content)
         if not propose_padding:

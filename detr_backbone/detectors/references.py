@@ -13,6 +13,9 @@ from torch import Tensor
 
 from detr_backbone.nested_tensor import NestedTensor, Size
 
+BASE_SCALE = 0.05
+"""Side of the box that a cell of the finest level proposes before training; it doubles from level to level."""
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -45,6 +48,11 @@ class Cells:
     def on_levels(self, references: Tensor) -> Tensor:
         """References [B, Q, 2 or 4] as shares of each padded level, [B, Q, L, 2 or 4]."""
         return references[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, references.shape[-1] // 2)
+
+    def anchors(self) -> Tensor:
+        """Boxes cxcywh [B, S, 4] around the cells' centres, from which two-stage proposals start."""
+        levels = torch.split(self.centres, [h * w for h, w in self.spatial_shapes], dim=1)
+        return torch.cat([F.pad(level, (0, 2), value=BASE_SCALE * 2**i) for i, level in enumerate(levels)], dim=1)
 
 
 def refine(references: Tensor, change: Tensor) -> Tensor:

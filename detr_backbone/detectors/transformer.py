@@ -160,11 +160,8 @@ class _Layer(nn.Module):
     normalize_before: bool
 
     def _step(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.normalize_before:
-            x = x + self.dropout(part(norm(x)))
-        else:
-            x = norm(x + self.dropout(part(x)))
-        return x
+        out: Tensor = x + self.dropout(part(norm(x))) if self.normalize_before else norm(x + self.dropout(part(x)))
+        return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear2(self.dropout(self.activation(self.linear1(x))))

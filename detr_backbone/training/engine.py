@@ -75,6 +75,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
     prepared = accelerator.prepare(model)
 
+    result: CocoResult | None = None
     for epoch in range(previous.epoch + 1 if previous else 1, config.optimizer.epochs + 1):
         seed_epoch(loader, config.seed, epoch)
         means = Means()
@@ -100,11 +101,13 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
                 category_names=train_set.category_names,
             )
             save_checkpoint(state, folder / CHECKPOINT)
-        stats = {}
-        if epoch % config.eval_every == 0 and epoch < config.optimizer.epochs:
-            stats = dict(evaluate(model, postprocess, val_set, config.data, accelerator)[0].stats)
+        evaluated = epoch == config.optimizer.epochs or epoch % config.eval_every == 0
+        if evaluated:
+            result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
+        stats = result.stats if result is not None and evaluated else {}
         log.epoch(epoch, step=epoch * len(loader), lr=float(schedule.get_last_lr()[0]), means=means, stats=stats)
-    result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
+    if result is None:  # resumed after the last epoch
+        result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
     log.say(str(result))
     return result
 

@@ -27,7 +27,7 @@ class Means:
         """Count the losses of one step."""
         self._count += 1
         for name in LOSSES:
-            self._sums[name] += float(losses[name])
+            self._sums[name] += losses[name].item()
 
     def values(self) -> dict[str, float]:
         """The mean of each loss so far."""
