@@ -36,12 +36,12 @@ def draw_detections(
         pil_to_tensor(enlarged),
         torch.as_tensor(boxes) * factor,
         labels=[f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)],
-        colors=colors,  # type: ignore[arg-type]
+        colors=colors,
         width=2,
         font=str(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"),
         font_size=14,
-        label_colors="black",  # type: ignore[arg-type]
-        label_background_colors=colors,  # type: ignore[arg-type]
+        label_colors="black",
+        label_background_colors=colors,
         fill_labels=True,
     )
     image: Image.Image = to_pil_image(drawn)

@@ -12,7 +12,7 @@ from detr_backbone.detectors.matcher import HungarianMatcher
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
-K, Q, C = 3, 5, 32
+K, Q, C = 3, 5, 64
 VARIANTS = {
     "single": {"num_feature_levels": 1, "return_layers": ("layer4",)},
     "four levels": {},
@@ -229,6 +229,12 @@ def test_group_norm_counts_valid_cells_only() -> None:
     torch.testing.assert_close(normed[:1, :, :3, :4], norm(x[:1, :, :3, :4]))
     torch.testing.assert_close(normed[1:], norm(x[1:]))
     assert normed.masked_fill(valid[:, None], 0).count_nonzero() == 0
+
+
+def test_one_cell_with_one_channel_per_group_is_normalised_alone_as_in_a_batch() -> None:
+    norm, cell = ValidGroupNorm(4, 4), torch.randn(1, 4, 1, 1)
+
+    torch.testing.assert_close(norm(cell), norm(cell.expand(2, -1, -1, -1))[:1])
 
 
 @pytest.mark.parametrize("padding", ["exact", "zeros"])

@@ -172,8 +172,8 @@ class DeformableTransformer(nn.Module):
             count = sum(h * w for h, w in sizes)
             if count < self.two_stage_num_proposals:
                 raise ValueError(
-                    f"`two_stage_num_proposals` must be at most the {count} cells of image {index} of the batch on "
-                    f"{len(levels)} levels, got {self.two_stage_num_proposals}; lower it, or enlarge the image"
+                    f"`two_stage_num_proposals` must be at most the {count} cells of image {index} of the batch, got "
+                    f"{self.two_stage_num_proposals}; lower it, or enlarge the image"
                 )
 
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from detr_backbone.errors import CheckpointError
 
-KEYS = ("model", "optimizer", "schedule", "epoch", "rng", "config", "category_ids", "category_names")
+KEYS = ("model", "optimizer", "schedule", "epoch", "config", "category_ids", "category_names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,6 @@ class Checkpoint:
         model: the detector's state dict, under the published keys.
         optimizer, schedule: their state dicts.
         epoch: epochs that are done.
-        rng: the state of torch's CPU generator.
         config: the resolved configuration, as `config_to_dict` gives it.
         category_ids, category_names: the dataset's id and name of each label.
     """
@@ -33,7 +32,6 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
     epoch: int
-    rng: Tensor
     config: Mapping[str, Any]
     category_ids: tuple[int, ...]
     category_names: tuple[str, ...]
@@ -66,7 +64,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    """Continue from a checkpoint: weights, optimiser, schedule and torch's generator.
+    """Continue from a checkpoint: weights, optimiser and schedule.
 
     Raises:
         CheckpointError: it belongs to another detector.
@@ -74,7 +72,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, sche
     load_model(checkpoint, model)
     optimizer.load_state_dict(dict(checkpoint.optimizer))
     schedule.load_state_dict(dict(checkpoint.schedule))
-    torch.set_rng_state(checkpoint.rng)
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:

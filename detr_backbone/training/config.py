@@ -122,7 +122,10 @@ class _YamlFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if Path(str(values)).is_file():
-            refuse_duplicate_keys(Path(str(values)))
+            try:
+                refuse_duplicate_keys(Path(str(values)))
+            except ConfigError as error:
+                parser.error(str(error))
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -144,7 +147,7 @@ def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
     """The configuration in what a `config_parser` parsed."""
     keys = TrainConfig.__dataclass_fields__
     try:
-        instantiated = parser.instantiate_classes(parsed)
+        instantiated = parser.instantiate(parsed)
         return TrainConfig(**{key: instantiated[key] for key in keys})
     except ConfigError as error:
         parser.error(str(error))

@@ -1,6 +1,6 @@
 """Datasets and loaders of a run."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, Subset
@@ -12,7 +12,7 @@ from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.config import DataConfig, SplitConfig
 
 Batch: TypeAlias = tuple[NestedTensor, list[Target]]
-Loader: TypeAlias = DataLoader[Batch]
+Loader: TypeAlias = DataLoader[Any]  # of samples, which it collates to a Batch
 
 
 def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDetection:
@@ -28,12 +28,14 @@ def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDe
     return CocoDetection(split.images, split.annotations, transforms=make_transforms(config.transforms, train=train))
 
 
-def train_loader(dataset: CocoDetection, config: DataConfig, *, world_size: int = 1, rank: int = 0) -> Loader:
+def train_loader(
+    dataset: CocoDetection, config: DataConfig, *, seed: int = 0, world_size: int = 1, rank: int = 0
+) -> Loader:
     """Whole batches in a random order that `seed_epoch` sets; each process takes another part."""
     generator = torch.Generator()
     sampler: Sampler[int] = RandomSampler(dataset, generator=generator)
     if world_size > 1:
-        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank)
+        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, seed=seed)
     return DataLoader(
         dataset,
         batch_size=min(config.batch_size, max(1, len(dataset) // world_size)),  # a tiny dataset is one small batch
@@ -46,12 +48,16 @@ def train_loader(dataset: CocoDetection, config: DataConfig, *, world_size: int 
     )
 
 
-def seed_epoch(loader: Loader, seed: int, epoch: int) -> None:
-    """Let the next epoch's order and transforms follow from seed and epoch alone, so that it can be repeated."""
+def seed_epoch(loader: Loader, seed: int, epoch: int, *, rank: int = 0) -> None:
+    """Let all that is random in the next epoch follow from seed and epoch alone, so that a resumed run repeats it.
+
+    That is the order of the images, their transforms, and dropout, which differs from process to process.
+    """
     assert loader.generator is not None
-    loader.generator.manual_seed(seed * 1_000_003 + epoch)
+    number = (seed * 1_000_003 + epoch) * 1_009 + rank
+    loader.generator.manual_seed(number)
+    torch.manual_seed(number)
     if isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.seed = seed
         loader.sampler.set_epoch(epoch)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -57,7 +56,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     log = RunLog(folder, is_main=accelerator.is_main_process)
 
     set_seed(config.seed)
-    loader = train_loader(train_set, config.data, world_size=accelerator.num_processes, rank=accelerator.process_index)
+    rank = accelerator.process_index
+    loader = train_loader(train_set, config.data, seed=config.seed, world_size=accelerator.num_processes, rank=rank)
     model = build_detector(config.detector).to(accelerator.device)
     criterion = build_criterion(config.detector).to(accelerator.device)
     postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
@@ -69,7 +69,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
         restore(previous, model, optimizer, schedule)
         log.say(f"resumed after epoch {previous.epoch}")
     elif config.detector.backbone.weights is None and config.calibration_images:
-        seed_epoch(loader, config.seed, epoch=0)
+        seed_epoch(loader, config.seed, epoch=0, rank=rank)
         taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
         log.say(f"no pretrained weights: frozen BatchNorm took its statistics from {taken} training images")
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
@@ -77,7 +77,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
 
     result: CocoResult | None = None
     for epoch in range(previous.epoch + 1 if previous else 1, config.optimizer.epochs + 1):
-        seed_epoch(loader, config.seed, epoch)
+        seed_epoch(loader, config.seed, epoch, rank=rank)
         means = Means()
         prepared.train()
         for images, targets in log.steps(loader, means, f"epoch {epoch}/{config.optimizer.epochs}"):
@@ -95,7 +95,6 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
                 optimizer=optimizer.state_dict(),
                 schedule=schedule.state_dict(),
                 epoch=epoch,
-                rng=torch.get_rng_state(),
                 config=config_to_dict(config),
                 category_ids=train_set.category_ids,
                 category_names=train_set.category_names,

@@ -66,7 +66,7 @@ def predict(
     device = next(model.parameters()).device
     for picture in pictures:
         size = (picture.height, picture.width)
-        boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)  # type: ignore[call-arg]
+        boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
         target = Target(boxes=boxes, labels=torch.zeros(0), image_id=0, orig_size=size, size=size)
         image, _ = transforms(tv_tensors.Image(picture), target)
         outputs = model(nested_tensor_from_tensor_list([image]).to(device))
