@@ -5,29 +5,33 @@ exception that takes exactly one string can be pickled, so it crosses from a Dat
 """
 
 
-class ConfigError(ValueError):
+class DetrBackboneError(ValueError):
+    """Anything below: a fault in what the user gave, which the user can mend."""
+
+
+class ConfigError(DetrBackboneError):
     """A configuration that cannot be built: an unknown value, or two values that contradict each other."""
 
 
-class WeightsError(ValueError):
+class WeightsError(DetrBackboneError):
     """Pretrained weights that are damaged, or that do not fit the model they are meant for."""
 
 
-class NumericsError(ValueError):
+class NumericsError(DetrBackboneError):
     """Numbers that cannot be right: NaN or infinity in outputs, costs, losses or statistics; boxes out of range."""
 
 
-class DataError(ValueError):
+class DataError(DetrBackboneError):
     """An image that cannot be read, or that is not what its annotation file says."""
 
 
-class AnnotationError(ValueError):
+class AnnotationError(DetrBackboneError):
     """An annotation file that contradicts itself or the COCO format."""
 
 
-class EvaluationError(ValueError):
+class EvaluationError(DetrBackboneError):
     """Predictions or ground truth from which an AP would be wrong or misleading."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DetrBackboneError):
     """A training checkpoint that is damaged, incomplete, or belongs to another configuration."""

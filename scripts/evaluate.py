@@ -5,10 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from jsonargparse import auto_cli
 
 from detr_backbone.detectors import build_detector, build_postprocess
-from detr_backbone.training import SplitConfig, detector_of, evaluate, load_checkpoint, open_split, parse_config
+from detr_backbone.errors import ConfigError
+from detr_backbone.training import (
+    SplitConfig,
+    detector_of,
+    evaluate,
+    load_checkpoint,
+    open_split,
+    parse_config,
+    parse_options,
+    plain_errors,
+)
 
 
 def main(
@@ -29,7 +38,7 @@ def main(
         output: a folder for the numbers (results.json) and all detections (detections.json).
     """
     if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
-        raise SystemExit("give --checkpoint or --config, and --images and --annotations together or not at all")
+        raise ConfigError("give --checkpoint or --config, and --images and --annotations together or not at all")
     accelerator = Accelerator()
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint)
@@ -43,7 +52,7 @@ def main(
         settings = replace(settings, detector=replace(settings.detector, num_classes=dataset.num_classes))
         model = build_detector(settings.detector)
     elif tuple(loaded.category_ids) != dataset.category_ids:
-        raise SystemExit(
+        raise ConfigError(
             f"the detector was trained on category ids {list(loaded.category_ids)}, "
             f"got a dataset with {list(dataset.category_ids)}"
         )
@@ -61,4 +70,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, allow_abbrev=False)
+    with plain_errors():
+        main(**parse_options(main))

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 
 from detr_backbone.coco.images import read_image
 from detr_backbone.detectors import build_postprocess
-from detr_backbone.training import detector_of, load_checkpoint, picture_files, predict
+from detr_backbone.training import detector_of, load_checkpoint, parse_options, picture_files, plain_errors, predict
 from detr_backbone.visualize import draw_detections
 
 
@@ -55,4 +54,5 @@ def main(*, checkpoint: str, images: str, output: str, threshold: float = 0.5, l
 
 
 if __name__ == "__main__":
-    auto_cli(main, allow_abbrev=False)
+    with plain_errors():
+        main(**parse_options(main))

@@ -1,6 +1,7 @@
 """Train a detector: python scripts/train.py --config configs/shapes.yaml [--optimizer.epochs 5]."""
 
-from detr_backbone.training import parse_config, train
+from detr_backbone.training import parse_config, plain_errors, train
 
 if __name__ == "__main__":
-    train(parse_config())
+    with plain_errors():
+        train(parse_config())

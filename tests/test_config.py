@@ -104,4 +104,4 @@ def test_single_scale_is_one_line_away_from_multi_scale() -> None:
     )
 
     assert len(multi) == len(single)
-    assert [b.strip() for a, b in zip(multi, single, strict=True) if a != b] == ["return_layers: [layer4]"]
+    assert [b.strip() for a, b in zip(multi, single, strict=True) if a != b] == ["return_layers: [layer3]"]

@@ -126,8 +126,7 @@ class DeformableTransformer(nn.Module):
         """
         cells = Cells.of(levels)
         src = _in_sequence([level.tensors for level in levels])
-        embedded = zip(positions, self.level_embed, strict=True)
-        pos = _in_sequence([position + embed[:, None, None] for position, embed in embedded])
+        pos = _in_sequence([p + e[:, None, None] for p, e in zip(positions, self.level_embed, strict=True)])
         memory = self.encoder(src, pos, cells)
 
         proposals = None
@@ -148,7 +147,7 @@ class DeformableTransformer(nn.Module):
         if class_embed is None or bbox_embed is None:
             raise ValueError("a two-stage transformer needs `decoder.class_embed` and `decoder.bbox_embed`, got None")
         anchors = cells.anchors()
-        usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True)  # centres of padding lie beyond 1
+        usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True)  # padding has its centres beyond 1
         content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
         logits = outside_autocast(class_embed[-1], content)
         if not propose_padding:
@@ -168,8 +167,8 @@ class DeformableTransformer(nn.Module):
 
     def _check_candidates(self, levels: Sequence[NestedTensor], *, propose_padding: bool) -> None:
         for index in range(len(levels[0])):
-            sizes = [level.tensors.shape[-2:] if propose_padding else level.sizes[index] for level in levels]
-            count = sum(h * w for h, w in sizes)
+            shapes = [level.tensors.shape[-2:] if propose_padding else level.sizes[index] for level in levels]
+            count = sum(h * w for h, w in shapes)
             if count < self.two_stage_num_proposals:
                 raise ValueError(
                     f"`two_stage_num_proposals` must be at most the {count} cells of image {index} of the batch, got "
@@ -185,14 +184,12 @@ class Proposals(NamedTuple):
 
 
 class DecoderStates(NamedTuple):
-    """What the decoder gives, one entry per layer, first layer first.
-
-    `hidden` [B, Q, C]; `references`, the points [B, Q, 2] or boxes [B, Q, 4] that the layer looked around, as shares of
-    the image without its padding; and the first stage's `proposals` if there is one.
-    """
+    """What the decoder gives; `hidden` and `references` hold one entry per layer, first layer first."""
 
     hidden: list[Tensor]
+    """The queries [B, Q, C] after the layer."""
     references: list[Tensor]
+    """The points [B, Q, 2] or boxes [B, Q, 4] that it looked around, as shares of the image without its padding."""
     proposals: Proposals | None
 
 

@@ -126,7 +126,8 @@ class _YamlFile(ActionConfigFile):
                 refuse_duplicate_keys(Path(str(values)))
             except ConfigError as error:
                 parser.error(str(error))
-        super().__call__(parser, namespace, values, option_string)
+        untyped: Any = super()
+        untyped.__call__(parser, namespace, values, option_string)
 
 
 def config_parser(description: str) -> ArgumentParser:

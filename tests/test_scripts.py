@@ -1,0 +1,115 @@
+"""The commands that README shows, run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detr_backbone.coco.shapes import CLASSES, draw_shapes
+from detr_backbone.training import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+TINY = """
+detector:
+  name: deformable_detr
+  backbone: {name: resnet18, return_layers: [layer4], hidden_dim: 32}
+  num_queries: 5
+  nheads: 4
+  enc_layers: 1
+  dec_layers: 1
+  dim_feedforward: 32
+data:
+  train: {images: shapes/train, annotations: shapes/annotations/instances_train.json}
+  val: {images: shapes/val, annotations: shapes/annotations/instances_val.json}
+  transforms: {scales: [64], max_size: 64, crop: false, eval_size: 64}
+  batch_size: 2
+  num_workers: 1
+optimizer: {epochs: 1}
+output_dir: run
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small dataset and a recipe for it."""
+    folder = tmp_path_factory.mktemp("scripts")
+    draw_shapes(folder / "shapes", train=9, val=5, image_size=64)
+    (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(folder: Path) -> Command:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(command: Command, folder: Path) -> Path:
+    """A checkpoint that two processes have trained."""
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    result = command(*launch, str(ROOT / "scripts" / "train.py"), "--config", "tiny.yaml")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("images 5 of 5") == 1  # each image once, and one process speaks
+    return folder / "run" / "checkpoint.pt"
+
+
+def test_two_processes_train_and_evaluate_every_image_once(trained: Path) -> None:
+    assert load_checkpoint(trained).epoch == 1
+
+
+def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(command: Command, trained: Path, folder: Path) -> None:
+    result = command(str(ROOT / "scripts" / "evaluate.py"), "--checkpoint", str(trained), "--output", "evaluation")
+
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    assert numbers["images"] == 5
+    assert set(numbers["per_class"]) == set(CLASSES)
+    detections = json.loads((folder / "evaluation" / "detections.json").read_text(encoding="utf-8"))
+    assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"}
+
+
+def test_an_untrained_detector_can_be_evaluated_and_says_so(command: Command, folder: Path) -> None:
+    result = command(str(ROOT / "scripts" / "evaluate.py"), "--config", "tiny.yaml")
+
+    assert result.returncode == 0, result.stderr
+    assert "this detector is untrained" in result.stdout
+    assert "images 5 of 5" in result.stdout
+
+
+def test_predictions_are_written_as_json_and_pictures(command: Command, trained: Path, folder: Path) -> None:
+    options = ("--images", "shapes/val", "--limit", "2", "--threshold", "0.0", "--output", "found")
+    result = command(str(ROOT / "scripts" / "predict.py"), "--checkpoint", str(trained), *options)
+
+    assert result.returncode == 0, result.stderr
+    predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))
+    assert {entry["file_name"] for entry in predictions} == {"000001.png", "000002.png"}
+    assert {entry["category"] for entry in predictions} <= set(CLASSES)
+    assert Image.open(folder / "found" / "000001.png").size == (448, 448)  # 64 pixels, enlarged to be legible
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("evaluate.py",), "give --checkpoint or --config"),
+        (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
+        (("train.py", "--config", "missing.yaml"), "missing.yaml"),
+    ],
+)
+def test_a_command_that_cannot_run_says_why(command: Command, words: tuple[str, ...], message: str) -> None:
+    result = command(str(ROOT / "scripts" / words[0]), *words[1:])
+
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
