@@ -4,12 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import (
     SplitConfig,
+    build_accelerator,
     detector_of,
     evaluate,
     load_checkpoint,
@@ -39,7 +38,7 @@ def main(
     """
     if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
         raise ConfigError("give --checkpoint or --config, and --images and --annotations together or not at all")
-    accelerator = Accelerator()
+    accelerator = build_accelerator()
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint)
         model, settings = detector_of(loaded)

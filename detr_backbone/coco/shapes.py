@@ -1,6 +1,6 @@
 """A small COCO dataset drawn from a seed: coloured shapes on clouds, to train and test on where there is no other data.
 
-    python -m detr_backbone.coco.shapes FOLDER --train 2400 --val 200 --seed 0
+    python -m detr_backbone.coco.shapes FOLDER --train 2800 --val 200 --seed 0
 
 FOLDER then holds train/*.png, val/*.png and annotations/instances_{train,val}.json. Shapes never hide each other, so
 that each polygon, its area and its box are exactly those of what can be seen; boxes may overlap.
@@ -31,7 +31,7 @@ _TRIES = 20  # places that are tried for an object before it is left out
 
 
 def draw_shapes(
-    folder: Path | str, *, train: int = 2400, val: int = 200, seed: int = 0, image_size: int = 128, max_objects: int = 4
+    folder: Path | str, *, train: int = 2800, val: int = 200, seed: int = 0, image_size: int = 128, max_objects: int = 4
 ) -> None:
     """Draw the dataset, or leave it as it is where the same one has been drawn before.
 

@@ -145,7 +145,8 @@ def multi_scale_deformable_attention(
         raise ValueError(
             f"`spatial_shapes` must hold {levels} levels of {cells} cells together, got {list(spatial_shapes)}"
         )
-    # Queries last: the sum over points then runs along memory, which makes a training step a third faster on a CPU.
+    # Level by level, and queries last so that the sum over points runs along memory: on a CPU, forward and backward take
+    # 0.7 of their time with points last and all levels stacked.
     grids = (2 * sampling_locations - 1).permute(3, 0, 2, 4, 1, 5).reshape(levels, batch * heads, points, queries, 2)
     weights = attention_weights.permute(3, 0, 2, 4, 1).reshape(levels, batch * heads, 1, points, queries)
     parts = torch.split(value, [h * w for h, w in spatial_shapes], dim=1)

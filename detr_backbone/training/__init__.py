@@ -13,6 +13,7 @@ from detr_backbone.training.config import (
     parse_config,
 )
 from detr_backbone.training.data import open_split
+from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.engine import train
 from detr_backbone.training.inference import detector_of, evaluate, picture_files, predict
 
@@ -22,6 +23,7 @@ __all__ = [
     "OptimizerConfig",
     "SplitConfig",
     "TrainConfig",
+    "build_accelerator",
     "config_from_dict",
     "config_parser",
     "config_to_dict",

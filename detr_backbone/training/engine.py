@@ -17,6 +17,7 @@ from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, restore, save_checkpoint
 from detr_backbone.training.config import TrainConfig, config_to_dict
 from detr_backbone.training.data import Loader, open_split, seed_epoch, train_loader
+from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import evaluate
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient, describe_groups
 from detr_backbone.training.progress import Means, RunLog
@@ -36,7 +37,7 @@ def train(config: TrainConfig) -> CocoResult:
         NumericsError: a loss or an output is not finite; the message names it and the images.
         CheckpointError: `resume` finds no checkpoint or that of another detector; without it, the folder holds one.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = build_accelerator(config.mixed_precision)
     try:
         return _train(config, accelerator)
     finally:
