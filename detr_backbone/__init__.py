@@ -9,7 +9,7 @@
 (((4, 5), (2, 5)), (8, 16, 32), (128, 256, 512))
 
 Letters in shapes, everywhere in this package: B images, C channels, H W padded pixels, h w cells, N boxes of one image,
-Q queries, K classes, P num_pos_feats, L layers. Sizes are (h, w).
+Q queries, K classes, P num_pos_feats, L decoder layers or levels. Sizes are (h, w).
 """
 
 from detr_backbone.backbone import Backbone, BackboneBase, BackboneConfig, Joiner, build_backbone

@@ -32,8 +32,8 @@ class BackboneBase(nn.Module):
         return_interm_layers: return all four stages of a ResNet instead of the last.
         return_layers: the general form: any children by name, in any order; contradicts `return_interm_layers`.
         train_layers: children (or dotted paths) whose parameters train; all others are frozen. Empty freezes all.
-        padding: "exact" makes an image's features independent of who shares its batch; "zeros" reproduces the original
-            code (facebookresearch/detr), where padding leaks into the image.
+        padding: "exact" makes an image's features independent of who shares its batch, and refuses a network for which
+            it cannot; "zeros" reproduces the original code (facebookresearch/detr), where padding leaks into the image.
 
     Attributes:
         body: the IntermediateLayerGetter; state-dict keys are `body.*`.
@@ -42,7 +42,8 @@ class BackboneBase(nn.Module):
         input_strides: pixels per cell of what each inner layer takes, by path.
 
     Raises:
-        ConfigError: a layer does not exist, an entry of `train_layers` has no parameters, or options contradict.
+        ConfigError: a layer does not exist, an entry of `train_layers` has no parameters, nothing that is left trains,
+            options contradict, or the network cannot be exact.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class BackboneBase(nn.Module):
             self.body = IntermediateLayerGetter(backbone, {name: str(level) for level, name in enumerate(ordered)})
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if train_layers and not any(parameter.requires_grad for parameter in self.body.parameters()):
+            raise ConfigError(
+                f"`train_layers` must name a layer that leads to {list(return_layers)}, got {list(train_layers)}; to "
+                "train nothing, give none"
+            )
         measured = measure(self.body)
         self.strides = tuple(measured.strides.values())
         self.channels = tuple(measured.channels.values())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_backbone.errors import NumericsError
+from detr_backbone.errors import ConfigError, NumericsError
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def calibrate_frozen_batch_norm(
         batches: batches of images as the backbone takes them; a few dozen images are enough.
 
     Raises:
-        ValueError: no batch came, a batch gives a layer fewer than two cells, or the backbone has no frozen BatchNorm.
+        ConfigError: a batch gives a layer fewer than two cells.
+        ValueError: no batch came, or the backbone has no frozen BatchNorm.
         NumericsError: a layer's statistics are not finite; the message names the layer.
     """
     base = cast("BackboneBase", backbone[0] if isinstance(backbone, nn.Sequential) else backbone)
@@ -121,7 +122,10 @@ def _normalise_by_batch(
     cells = channels_first.flatten(1) if mask is None else channels_first[:, ~mask]
     count = cells.shape[1]
     if count < 2:
-        raise ValueError(f"a batch must give a layer at least two valid cells to take statistics from, got {count}")
+        raise ConfigError(
+            f"a batch must give a layer at least two valid cells to take statistics from, got {count}; calibrate with "
+            "larger batches or images"
+        )
     variance, mean = torch.var_mean(cells, dim=1)
     sums += torch.stack([mean, variance])
     biased = variance * ((count - 1) / count)  # BatchNorm normalises by the biased variance and keeps the unbiased one

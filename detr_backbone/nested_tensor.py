@@ -39,14 +39,18 @@ class NestedTensor:
             raise ValueError(f"`tensors` must be [B, C, H, W], got {list(tensors.shape)}")
         expected = [tensors.shape[0], *tensors.shape[-2:]]
         if mask is None:
+            if sizes is not None:
+                raise ValueError("`mask` must be given where `sizes` are, got None")
             mask = torch.zeros(expected, dtype=torch.bool, device=tensors.device)
-            sizes = [(expected[1], expected[2])] * expected[0] if sizes is None else sizes
+            sizes = [(expected[1], expected[2])] * expected[0]
         if mask.dtype != torch.bool:
             raise TypeError(f"`mask` must be bool, True on padding, got {mask.dtype}")
         if list(mask.shape) != expected:
             raise ValueError(
                 f"`mask` must be [B, H, W] = {expected} to fit `tensors` {list(tensors.shape)}, got {list(mask.shape)}"
             )
+        if mask.device != tensors.device:
+            raise ValueError(f"`mask` must be on the device of `tensors`, {tensors.device}, got {mask.device}")
         self.tensors = tensors
         self.mask = mask
         self._sizes = None if sizes is None else _checked_sizes(sizes, expected)

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.nested_tensor import NestedTensor, Size
 
 Padding: TypeAlias = Literal["exact", "zeros"]
 
-# A pool takes the largest value, and beyond an image's border there is none; after a ReLU a zero comes to the same.
-_WINDOWED = (nn.Conv2d, nn.MaxPool2d)
+# Layers whose output at a cell depends on nothing but that cell, once their window (if any) finds zeros in the padding.
+# A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
+_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_CELL_BY_CELL = (FrozenBatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)
 _PROBE = 256  # pixels of the measuring image: every stride that divides it is measured exactly
 
 
@@ -76,9 +79,12 @@ def measure(body: nn.Module) -> Measured:
     The pass runs on the meta device: shapes without numbers.
 
     Raises:
-        ConfigError: an output is not a map whose side is the image's side divided by a whole stride.
+        ConfigError: there is no convolution, or an output is not a map whose side is the image's divided by a whole
+            stride.
     """
-    first = next(module for module in body.modules() if isinstance(module, nn.Conv2d))
+    first = next((module for module in body.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise ConfigError("the network must begin with a convolution, got none")
     input_strides: dict[str, int] = {}
 
     def remember(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -114,16 +120,31 @@ def measure(body: nn.Module) -> Measured:
 class ExactPadding:
     """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
 
+    Every layer is looked at, code between layers is not: it must work cell by cell. A part of the network that is
+    computed a second time outside `around`, as activation checkpointing does, is not exact then.
+
     Args:
         body: the network; its convolutions and pools get a hook that does nothing outside `around`.
         input_strides: pixels per cell of what each layer takes, by path, as `measure` gives them.
+
+    Raises:
+        ConfigError: a layer is not known to keep padding out, such as a normalisation over the whole map.
     """
 
     def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
         # Keyed by thread: a server may run one network in several threads at once.
         self._levels: dict[int, _Levels] = {}
         for path, module in body.named_modules():
-            if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)):
+            if any(True for _ in module.children()) or isinstance(module, _CELL_BY_CELL):
+                continue
+            if not isinstance(module, _WINDOWED) or not _pads_with_zeros(module):
+                raise ConfigError(
+                    f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) is not known to keep "
+                    "padding out of the image"
+                )
+            if module.kernel_size not in (1, (1, 1)):
+                if path not in input_strides:
+                    raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} has no stride")
                 module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
 
     @contextmanager
@@ -155,7 +176,7 @@ class _Levels:
                 valid_sizes(self._images.sizes, stride),
             )
         mask, sizes = self._made[stride]
-        if features is self._images.tensors:  # the caller's own tensor is never written to
+        if stride == 1:  # this may be the caller's own memory, which is never written to
             return features.masked_fill(mask[:, None], 0)
         return _zero_padded_cells(features, mask, sizes)
 
@@ -165,10 +186,19 @@ def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size]) ->
     # compiled graph must not be specialised on the sizes, so it takes the mask.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return features.masked_fill(mask[:, None], 0)
+    if features.device.type != "cpu":  # one kernel for the batch
+        return features.masked_fill_(mask[:, None], 0)
     for image, (h, w) in zip(features, sizes, strict=True):
         image[:, h:].zero_()
         image[:, :h, w:].zero_()
     return features
+
+
+def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
+    """Whether the window finds zeros, or nothing at all, beyond the border, as it does in zeroed padding."""
+    if isinstance(window, nn.Conv2d):
+        return window.padding_mode == "zeros"
+    return not window.ceil_mode and (isinstance(window, nn.MaxPool2d) or window.count_include_pad)
 
 
 def _thread() -> int:

@@ -97,11 +97,11 @@ def download(url: str, folder: Path) -> Path:
 
 
 def _find(weights: str, name: str) -> Path:
-    if Path(weights).suffix:
-        path = Path(weights)
-        if not path.is_file():
-            raise WeightsError(f"`weights` must be an existing file or a torchvision name, got {weights}")
+    path = Path(weights)
+    if path.is_file():
         return path
+    if path.suffix:
+        raise WeightsError(f"`weights` must be an existing file or a torchvision name, got {weights}")
     known = [member.name for member in get_model_weights(name)]
     if weights not in known:
         raise WeightsError(f"`weights` of {name} must be a file or a torchvision name: {unknown_name(weights, known)}")

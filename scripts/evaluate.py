@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import (
@@ -38,23 +40,24 @@ def main(
     """
     if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
         raise ConfigError("give --checkpoint or --config, and --images and --annotations together or not at all")
-    accelerator = build_accelerator()
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint)
         model, settings = detector_of(loaded)
     else:
         settings = parse_config(["--config", str(config)])
+    accelerator = build_accelerator(settings.mixed_precision)
     split = settings.data.val if images is None else SplitConfig(images=images, annotations=str(annotations))
     dataset = open_split(settings.data, split, train=False)
     if checkpoint is None:
         print("no checkpoint: this detector is untrained")
+        torch.manual_seed(settings.seed)
         settings = replace(settings, detector=replace(settings.detector, num_classes=dataset.num_classes))
         model = build_detector(settings.detector)
-    elif tuple(loaded.category_ids) != dataset.category_ids:
-        raise ConfigError(
-            f"the detector was trained on category ids {list(loaded.category_ids)}, "
-            f"got a dataset with {list(dataset.category_ids)}"
-        )
+    else:
+        trained = dict(zip(loaded.category_ids, loaded.category_names, strict=True))
+        found = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
+        if found != trained:
+            raise ConfigError(f"the dataset must have the categories of the checkpoint, {trained}, got {found}")
     postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
     result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)
     if accelerator.is_main_process:

@@ -122,6 +122,10 @@ def test_the_number_of_classes_must_be_set_before_building(build) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"name": "deformable_detr", "with_box_refine": True, "aux_loss": False},
+            "`aux_loss` must be true with `with_box_refine`, got false",
+        ),
         ({"two_stage": True}, "`two_stage` is read by deformable_detr only, got True for detr; leave it out, or set"),
         ({"num_feature_levels": 4}, "`num_feature_levels` is read by deformable_detr only, got 4 for detr"),
         ({"focal_alpha": 0.5}, "`focal_alpha` is read by deformable_detr only"),

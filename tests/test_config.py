@@ -44,11 +44,13 @@ BAD = [
     ("detector: {backbone: {padding: reflect}}", ["padding", "reflect", "exact"]),
     ("detector: {two_stage: true}", ["two_stage", "deformable_detr"]),
     ("data: {batch_size: 0}", ["batch_size", "at least 1"]),
-    ("optimizer: {epochs: 0}", ["epochs", "positive"]),
+    ("optimizer: {epochs: 0}", ["optimizer.epochs", "positive"]),
+    ("optimizer: {lr: .nan}", ["optimizer.lr", "positive", "nan"]),
+    ("optimizer: {weight_decay: -1}", ["optimizer.weight_decay", "negative"]),
+    ("seed: -1", ["seed", "at least 0"]),
     ("eval_every: 0", ["eval_every", "at least 1"]),
     ("seed: 1\nseed: 2", ["key=seed", "line=2", "stand once"]),
     ("data: {batch_size: 1, batch_size: 2}", ["key=batch_size", "stand once"]),
-    ("detector: !!python/object/apply:os.system [exit]", ["config"]),
 ]
 
 
@@ -61,6 +63,13 @@ def test_what_does_not_fit_is_named(written, capsys, text: str, words: list[str]
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert "Traceback" not in message
+
+
+def test_a_file_that_holds_code_is_refused_and_its_code_is_not_run(written, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    with pytest.raises(SystemExit):
+        parse_config(["--config", written(f"seed: !!python/object/apply:pathlib.Path.touch [{marker}]")])
+    assert not marker.exists()
 
 
 def test_an_abbreviated_option_is_refused(capsys) -> None:

@@ -119,6 +119,16 @@ def test_an_image_of_padding_only_is_refused() -> None:
         _ = NestedTensor(torch.ones(2, 3, 4, 4), mask).sizes
 
 
+def test_sizes_without_a_mask_are_refused() -> None:
+    with pytest.raises(ValueError, match="`mask` must be given where `sizes` are"):
+        NestedTensor(torch.ones(1, 3, 8, 9), None, sizes=[(4, 4)])
+
+
+def test_a_mask_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="`mask` must be on the device of `tensors`, meta, got cpu"):
+        NestedTensor(torch.ones(1, 3, 8, 9, device="meta"), torch.zeros(1, 8, 9, dtype=torch.bool))
+
+
 def test_tensors_that_are_no_batch_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`tensors` must be \[B, C, H, W\], got \[3, 4, 4\]"):
         NestedTensor(torch.ones(3, 4, 4), None)

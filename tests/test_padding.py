@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from detr_backbone import Backbone, FrozenBatchNorm2d, nested_tensor_from_tensor_list
+from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, nested_tensor_from_tensor_list
 from detr_backbone.errors import ConfigError
 from detr_backbone.padding import feature_level, measure, valid_sizes
 
@@ -56,6 +56,35 @@ def test_zeros_mode_lets_padding_leak() -> None:
         alone, together = backbone([small])["0"].tensors[0], backbone([small, large])["0"].tensors[0, :, :2, :2]
 
     assert (alone - together).abs().max() > 0.05 * alone.abs().max()
+
+
+def convolutions(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), *between, nn.Conv2d(8, 8, 3, padding=1))
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1)])
+def test_other_networks_of_known_layers_are_exact_too(pool: nn.Module) -> None:
+    backbone = BackboneBase(convolutions(pool), return_layers=["3"], train_layers=["0"])
+    small, large = torch.randn(3, 17, 19), torch.randn(3, 40, 33)
+
+    torch.testing.assert_close(
+        backbone([small, large])["0"].tensors[:1, :, :5, :5], backbone([small])["0"].tensors, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GroupNorm(2, 8),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(4),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+    ],
+)
+def test_a_layer_that_would_let_padding_in_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"`padding` must be 'zeros' for this network, got 'exact': 2 \("):
+        BackboneBase(convolutions(layer), return_layers=["3"], train_layers=["0"])
 
 
 def test_padded_cells_of_a_level_are_zero() -> None:
@@ -147,7 +176,12 @@ def test_valid_sizes_round_up() -> None:
     assert valid_sizes([(1, 32), (33, 64)], 32) == ((1, 1), (2, 2))
 
 
-def test_measuring_computes_nothing_and_leaves_no_hook() -> None:
+def test_a_network_without_a_convolution_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must begin with a convolution"):
+        measure(nn.Sequential(nn.ReLU()))
+
+
+def test_measuring_gives_strides_and_channels_and_leaves_no_hook() -> None:
     body = Backbone("resnet50", dilation=True, return_interm_layers=True).body
     hooks = sum(len(module._forward_pre_hooks) for module in body.modules())
     measured = measure(body)

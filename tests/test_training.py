@@ -1,6 +1,7 @@
 """From a COCO folder to an AP: train, stop, resume, evaluate, predict."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +16,23 @@ from detr_backbone import BackboneConfig
 from detr_backbone.coco.shapes import draw_shapes
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig, build_detector, build_postprocess
-from detr_backbone.errors import CheckpointError, ConfigError
+from detr_backbone.errors import CheckpointError, ConfigError, NumericsError
 from detr_backbone.training import (
     DataConfig,
     OptimizerConfig,
     SplitConfig,
     TrainConfig,
+    build_accelerator,
+    config_from_dict,
     detector_of,
+    evaluate,
     load_checkpoint,
+    open_split,
     picture_files,
     predict,
     train,
 )
-from detr_backbone.training.checkpoint import load_model
+from detr_backbone.training.checkpoint import load_model, refuse_another_run
 from detr_backbone.training.engine import CHECKPOINT
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient
 
@@ -108,6 +113,51 @@ def test_a_run_does_not_overwrite_another(run: Path, shapes: Path) -> None:
 def test_resuming_nothing_is_an_error(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         train(tiny(shapes, tmp_path / "none", resume=True))
+
+
+CHANGES = [
+    ({"optimizer": OptimizerConfig(epochs=2, lr_drop=1, lr=1e-3)}, r"key=optimizer\.lr \| got 0.001 expected 0.0001"),
+    ({"seed": 1}, "key=seed"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANGES)
+def test_a_resumed_run_keeps_its_settings(run: Path, shapes: Path, changes: dict[str, Any], message: str) -> None:
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny(shapes, run, resume=True, **changes))
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_its_categories(run: Path, shapes: Path) -> None:
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    config, ids = config_from_dict(checkpoint.config), checkpoint.category_ids
+
+    refuse_another_run(checkpoint, config, ids, checkpoint.category_names)
+    with pytest.raises(CheckpointError, match="keeps its categories"):
+        refuse_another_run(checkpoint, config, ids, checkpoint.category_names[::-1])
+
+
+def test_training_and_validation_must_name_their_categories_alike(shapes: Path, tmp_path: Path) -> None:
+    config = tiny(shapes, tmp_path / "run")
+    content = json.loads(Path(config.data.val.annotations).read_text(encoding="utf-8"))
+    for category, name in zip(content["categories"], ["star", "ellipse", "rectangle", "triangle"], strict=True):
+        category["name"] = name
+    renamed = tmp_path / "renamed.json"
+    renamed.write_text(json.dumps(content), encoding="utf-8")
+    val = replace(config.data.val, annotations=str(renamed))
+
+    with pytest.raises(ConfigError, match=r"must have the same categories, got \{1: 'ellipse'"):
+        train(replace(config, data=replace(config.data, val=val)))
+
+
+def test_nan_in_the_outputs_of_an_evaluation_names_its_images(run: Path, shapes: Path, tmp_path: Path) -> None:
+    model, config = detector_of(load_checkpoint(run / CHECKPOINT))
+    torch.nn.init.constant_(model.get_parameter("class_embed.1.bias"), math.nan)
+    dataset = open_split(config.data, config.data.val, train=False)
+
+    with pytest.raises(NumericsError, match=r"image_id=\[1, 2, 3, 4\]"):
+        evaluate(model, build_postprocess(config.detector), dataset, config.data, build_accelerator())
 
 
 def test_the_number_of_classes_is_the_datas(shapes: Path, tmp_path: Path) -> None:
@@ -207,17 +257,18 @@ def test_the_cosine_schedule_falls_to_zero_after_its_warm_up() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([1.0, math.nan])
-    with pytest.raises(RuntimeError, match="non-finite"):
-        clip_gradient([parameter], 0.1)
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.tensor([math.nan])
+    with pytest.raises(NumericsError, match=r"gradients must be finite, got NaN or infinity in \['bias'\]"):
+        clip_gradient(model, 0.1)
 
 
 def test_a_gradient_is_clipped_to_its_norm_or_not_at_all() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad, model.bias.grad = torch.full((1, 1), 3.0), torch.full((1,), 4.0)
 
-    assert clip_gradient([parameter], 0) == 5.0
-    assert torch.equal(parameter.grad, torch.tensor([3.0, 4.0]))
-    clip_gradient([parameter], 0.5)
-    assert parameter.grad.norm() == pytest.approx(0.5, rel=1e-5)
+    clip_gradient(model, 0)
+    assert (model.weight.grad.item(), model.bias.grad.item()) == (3.0, 4.0)
+    clip_gradient(model, 0.5)
+    # the norm 5 becomes 0.5, to the 1e-6 that torch adds to it
+    assert (model.weight.grad.item(), model.bias.grad.item()) == pytest.approx((0.3, 0.4), rel=1e-5)

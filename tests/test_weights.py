@@ -54,6 +54,10 @@ def test_a_detectors_checkpoint_gives_its_backbone(saved, prefix: str, wrapper: 
     assert_loaded(Backbone("resnet18", weights=saved({wrapper: state, "epoch": 3})))
 
 
+def test_a_file_needs_no_ending(saved, tmp_path: Path) -> None:
+    assert_loaded(Backbone("resnet18", weights=str(Path(saved(STATE)).rename(tmp_path / "weights"))))
+
+
 def test_fewer_stages_take_fewer_tensors(saved) -> None:
     backbone = Backbone("resnet18", weights=saved(STATE), return_layers=["layer2"])
 

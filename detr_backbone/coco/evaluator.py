@@ -9,7 +9,7 @@ Source: https://cocodataset.org/#detection-eval
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -92,6 +92,7 @@ class CocoEvaluator:
         self.annotations = annotations
         known = annotations.image_ids.tolist()
         self.image_ids: tuple[int, ...] = tuple(known if image_ids is None else sorted(set(image_ids)))
+        self._expected = frozenset(self.image_ids)
         self._source = f"file={annotations.source}"
         _refuse_unknown(self.image_ids, known, "image_ids", self._source)
         self._detections: dict[int, list[Detection]] = {}
@@ -107,7 +108,7 @@ class CocoEvaluator:
             EvaluationError: an image is not expected or was seen before; a category is unknown; lengths do not fit;
                 a number is not finite; a box ends before it starts.
         """
-        _refuse_unknown(predictions, self.image_ids, "image_id", self._source)
+        _refuse_unknown(predictions, self._expected, "image_id", self._source)
         if again := [image_id for image_id in predictions if image_id in self._detections]:
             raise EvaluationError(
                 f"images were evaluated before | where: {self._source} image_id={again[0]} | got {len(again)} again, "
@@ -227,7 +228,7 @@ class CocoEvaluator:
         return coco
 
 
-def _refuse_unknown(ids: Mapping[int, Any] | Sequence[int], known: Sequence[int], key: str, where: str) -> None:
+def _refuse_unknown(ids: Mapping[int, Any] | Sequence[int], known: Collection[int], key: str, where: str) -> None:
     if unknown := sorted(set(ids).difference(known)):
         raise EvaluationError(
             f"ids are not in the ground truth | where: {where} key={key} | got {len(unknown)} unknown, "

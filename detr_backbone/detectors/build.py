@@ -124,6 +124,10 @@ class DetectorConfig:
                 raise ConfigError(f"`{key}` must be at least 1, got {value}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"`dropout` must be at least 0 and below 1, got {self.dropout}")
+        if self.with_box_refine and not self.aux_loss and self.dec_layers > 1:
+            raise ConfigError(
+                "`aux_loss` must be true with `with_box_refine`, got false: box heads before the last would not train"
+            )
         if self.set_cost_class == self.set_cost_bbox == self.set_cost_giou == 0:
             raise ConfigError("one of `set_cost_class`, `set_cost_bbox`, `set_cost_giou` must not be 0, got 0 for all")
         if self.backbone.hidden_dim % self.nheads:

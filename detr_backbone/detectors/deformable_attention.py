@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_backbone.detectors.precision import at_least_float32
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import Size
 
@@ -145,8 +146,8 @@ def multi_scale_deformable_attention(
         raise ValueError(
             f"`spatial_shapes` must hold {levels} levels of {cells} cells together, got {list(spatial_shapes)}"
         )
-    # Level by level, and queries last so that the sum over points runs along memory: on a CPU, forward and backward take
-    # 0.7 of their time with points last and all levels stacked.
+    # Level by level, and queries last so that the sum over points runs along memory: on a CPU, forward and backward
+    # take 0.7 of their time with points last and all levels stacked.
     grids = (2 * sampling_locations - 1).permute(3, 0, 2, 4, 1, 5).reshape(levels, batch * heads, points, queries, 2)
     weights = attention_weights.permute(3, 0, 2, 4, 1).reshape(levels, batch * heads, 1, points, queries)
     parts = torch.split(value, [h * w for h, w in spatial_shapes], dim=1)
@@ -156,8 +157,3 @@ def multi_scale_deformable_attention(
         sampled = F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         read = read + (sampled * weight).sum(dim=2)
     return read.reshape(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 if its own floating type is shorter."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from detr_backbone.backbone import Joiner
-from detr_backbone.detectors.deformable_attention import at_least_float32
-from detr_backbone.detectors.deformable_transformer import DeformableTransformer, outside_autocast
+from detr_backbone.detectors.deformable_transformer import DeformableTransformer
 from detr_backbone.detectors.detr import MLP
+from detr_backbone.detectors.precision import at_least_float32, outside_autocast
 from detr_backbone.detectors.references import refine
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor

@@ -14,11 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detr_backbone.detectors.deformable_attention import MSDeformAttn, at_least_float32
+from detr_backbone.detectors.deformable_attention import MSDeformAttn
+from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.references import Cells, box_encoding, refine
 from detr_backbone.detectors.transformer import ACTIVATIONS, Activation
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor
+
+PADDED_LOGIT = -1e4
+"""Of a padded cell: below every valid one, nothing to a focal loss, and finite where it is matched all the same."""
 
 
 class DeformableTransformer(nn.Module):
@@ -151,8 +155,7 @@ class DeformableTransformer(nn.Module):
         content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
         logits = outside_autocast(class_embed[-1], content)
         if not propose_padding:
-            # Finite, so that a focal loss over all proposals stays finite; and it adds nothing to that loss.
-            logits = logits.masked_fill(cells.mask[..., None], torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(cells.mask[..., None], PADDED_LOGIT)
         boxes = refine(anchors, outside_autocast(bbox_embed[-1], content))
         return Proposals(logits, boxes.masked_fill(~usable, 1))
 
@@ -286,13 +289,6 @@ class DeformableTransformerDecoderLayer(nn.Module):
         thought = self.linear2(self.dropout(self.activation(self.linear1(tgt))))
         out: Tensor = self.norm3(tgt + self.dropout(thought))
         return out
-
-
-def outside_autocast(head: nn.Module, hidden: Tensor) -> Tensor:
-    """What a head reads from `hidden`, at least in float32: bfloat16 places a box no better than within 1/512."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        out: Tensor = head(hidden.to(next(head.parameters()).dtype))
-    return at_least_float32(out)
 
 
 def _in_sequence(maps: Sequence[Tensor]) -> Tensor:

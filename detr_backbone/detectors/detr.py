@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.backbone import Joiner
+from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.transformer import Transformer
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
 
@@ -66,10 +66,8 @@ class DETR(nn.Module):
         features, positions = self.backbone(as_nested_tensor(images))
         src, mask = features[-1].decompose()
         hidden, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
-        # bfloat16 places a box at the right edge no better than within 1/256 of the image: no autocast in the heads.
-        with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(self.class_embed.weight.dtype)
-            logits, boxes = self.class_embed(hidden), self.bbox_embed(hidden).sigmoid()
+        logits = outside_autocast(self.class_embed, hidden)
+        boxes = outside_autocast(self.bbox_embed, hidden).sigmoid()
         outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if self.aux_loss:
             earlier = zip(logits[:-1], boxes[:-1], strict=True)

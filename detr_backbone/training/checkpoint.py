@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on, and that a prediction needs to name what it sees."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from detr_backbone.errors import CheckpointError
+from detr_backbone.training.config import TrainConfig, config_to_dict, flat
 
+MAY_CHANGE = ("resume", "output_dir", "eval_every", "optimizer.epochs", "data.num_workers")
 KEYS = ("model", "optimizer", "schedule", "epoch", "config", "category_ids", "category_names")
 
 
@@ -61,6 +63,27 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     if missing:
         raise CheckpointError(f"checkpoint lacks {', '.join(missing)} | where: file={path} | fix: was it saved here?")
     return Checkpoint(**{key: content[key] for key in KEYS})
+
+
+def refuse_another_run(
+    checkpoint: Checkpoint, config: TrainConfig, category_ids: Sequence[int], category_names: Sequence[str]
+) -> None:
+    """Refuse to continue a run with other settings or other categories; it may only become longer, or report otherwise.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    saved, asked = dict(flat(checkpoint.config)), dict(flat(config_to_dict(config)))
+    for key in saved.keys() | asked.keys():
+        if key not in MAY_CHANGE and saved.get(key) != asked.get(key):
+            raise CheckpointError(
+                f"a resumed run keeps its settings | where: key={key} | got {asked.get(key)!r} expected "
+                f"{saved.get(key)!r} as in the checkpoint | fix: take its value, or start a run of its own"
+            )
+    categories = dict(zip(category_ids, category_names, strict=True))
+    saved_categories = dict(zip(checkpoint.category_ids, checkpoint.category_names, strict=True))
+    if categories != saved_categories:
+        raise CheckpointError(f"a resumed run keeps its categories | got {categories} expected {saved_categories}")
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:

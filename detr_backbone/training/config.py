@@ -1,7 +1,8 @@
 """Everything that decides a run, in one configuration: defaults, then YAML files, then `--key.sub value`."""
 
+import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,8 +47,9 @@ class DataConfig:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ConfigError(f"`batch_size` must be at least 1 and `num_workers` at least 0, got {self}")
+        for key, least in (("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"`data.{key}` must be at least {least}, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,12 @@ class OptimizerConfig:
     lr_drop: int = 200
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.lr <= 0 or min(self.lr_backbone, self.clip_max_norm, self.warmup_steps) < 0:
-            raise ConfigError(f"`epochs` and `lr` must be positive, rates, norms and steps not negative, got {self}")
+        for key in ("lr", "epochs"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"`optimizer.{key}` must be positive, got {getattr(self, key)}")
+        for key in ("lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "warmup_steps", "lr_drop"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"`optimizer.{key}` must not be negative, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +116,9 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.eval_every < 1 or self.calibration_images < 0:
-            raise ConfigError(
-                f"`eval_every` must be at least 1 and `calibration_images` at least 0, got {self.eval_every} and "
-                f"{self.calibration_images}"
-            )
+        for key, least in (("eval_every", 1), ("calibration_images", 0), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"`{key}` must be at least {least}, got {getattr(self, key)}")
 
 
 class _YamlFile(ActionConfigFile):
@@ -159,6 +163,12 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return {key: _plain(value) for key, value in asdict(config).items()}
 
 
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the configuration as a YAML file that `--config` reads, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
 def config_from_dict(content: Mapping[str, Any]) -> TrainConfig:
     """The configuration that `config_to_dict` wrote.
 
@@ -171,6 +181,19 @@ def config_from_dict(content: Mapping[str, Any]) -> TrainConfig:
         return config_of(parser, parser.parse_object(dict(content)))
     except Exception as error:
         raise ConfigError(f"a saved configuration cannot be read: {error}") from error
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts by their dotted keys, as the command line names them.
+
+    >>> dict(flat({"seed": 0, "data": {"val": {"images": "x"}}}))
+    {'seed': 0, 'data.val.images': 'x'}
+    """
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def refuse_duplicate_keys(path: Path) -> None:

@@ -1,24 +1,29 @@
-"""Training a detector: one loop, on any device that Accelerate knows, that ends with COCO's numbers."""
+"""Training a detector: one loop, on a CPU, a GPU, or several of them under DDP, that ends with COCO's numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
-from detr_backbone.detectors import build_criterion, build_detector, build_postprocess
+from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.frozen_batch_norm import calibrate_frozen_batch_norm
 from detr_backbone.nested_tensor import NestedTensor
-from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, restore, save_checkpoint
-from detr_backbone.training.config import TrainConfig, config_to_dict
+from detr_backbone.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    refuse_another_run,
+    restore,
+    save_checkpoint,
+)
+from detr_backbone.training.config import TrainConfig, config_to_dict, save_config
 from detr_backbone.training.data import Loader, open_split, seed_epoch, train_loader
 from detr_backbone.training.devices import build_accelerator
-from detr_backbone.training.inference import evaluate
+from detr_backbone.training.inference import evaluate, without_pretrained
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient, describe_groups
 from detr_backbone.training.progress import Means, RunLog
 
@@ -35,7 +40,7 @@ def train(config: TrainConfig) -> CocoResult:
         ConfigError: the configuration contradicts itself or the data.
         AnnotationError, DataError: a dataset contradicts itself, or files are missing.
         NumericsError: a loss or an output is not finite; the message names it and the images.
-        CheckpointError: `resume` finds no checkpoint or that of another detector; without it, the folder holds one.
+        CheckpointError: `resume` finds no checkpoint or that of another run; without it, the folder holds one.
     """
     accelerator = build_accelerator(config.mixed_precision)
     try:
@@ -51,45 +56,45 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     train_set = open_split(config.data, config.data.train, train=True)
     val_set = open_split(config.data, config.data.val, train=False)
     config = _resolved(config, train_set, val_set)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
     log = RunLog(folder, is_main=accelerator.is_main_process)
 
     set_seed(config.seed)
     rank = accelerator.process_index
     loader = train_loader(train_set, config.data, seed=config.seed, world_size=accelerator.num_processes, rank=rank)
-    model = build_detector(config.detector).to(accelerator.device)
+    model = build_detector(config.detector if previous is None else without_pretrained(config.detector))
+    model.to(accelerator.device)
     criterion = build_criterion(config.detector).to(accelerator.device)
     postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, len(loader))
-    log.say(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} steps per epoch")
+    log.say(f"{_described(train_set)} to train on, {_described(val_set)} to evaluate, {len(loader)} steps per epoch")
     log.say(describe_groups(optimizer))
     if previous is not None:
+        refuse_another_run(previous, config, train_set.category_ids, train_set.category_names)
         restore(previous, model, optimizer, schedule)
         log.say(f"resumed after epoch {previous.epoch}")
-    elif config.detector.backbone.weights is None and config.calibration_images:
+    else:
         seed_epoch(loader, config.seed, epoch=0, rank=rank)
-        taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
-        log.say(f"no pretrained weights: frozen BatchNorm took its statistics from {taken} training images")
+        log.say(_start(model, config, loader, accelerator))
+    if accelerator.is_main_process:
+        save_config(config, folder / "config.yaml")
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
     prepared = accelerator.prepare(model)
 
     result: CocoResult | None = None
     for epoch in range(previous.epoch + 1 if previous else 1, config.optimizer.epochs + 1):
         seed_epoch(loader, config.seed, epoch, rank=rank)
-        means = Means()
+        means, lr = Means(), float(schedule.get_last_lr()[0])
         prepared.train()
         for images, targets in log.steps(loader, means, f"epoch {epoch}/{config.optimizer.epochs}"):
             losses = criterion(prepared(images.to(accelerator.device, non_blocking=True)), targets)
-            loss = criterion.weighted_sum(losses)
-            accelerator.backward(loss)
-            clip_gradient(model.parameters(), config.optimizer.clip_max_norm)
+            losses["loss"] = criterion.weighted_sum(losses)
+            accelerator.backward(losses["loss"])
+            clip_gradient(model, config.optimizer.clip_max_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            means.add({"loss": loss, **losses})
+            means.add(losses)
         if accelerator.is_main_process:
             state = Checkpoint(
                 model=model.state_dict(),
@@ -101,15 +106,35 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
                 category_names=train_set.category_names,
             )
             save_checkpoint(state, folder / CHECKPOINT)
-        evaluated = epoch == config.optimizer.epochs or epoch % config.eval_every == 0
-        if evaluated:
+        stats: Mapping[str, float] = {}
+        if epoch == config.optimizer.epochs or epoch % config.eval_every == 0:
             result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
-        stats = result.stats if result is not None and evaluated else {}
-        log.epoch(epoch, step=epoch * len(loader), lr=float(schedule.get_last_lr()[0]), means=means, stats=stats)
+            stats = result.stats
+        log.epoch(epoch, step=epoch * len(loader), lr=lr, means=means, stats=stats)
     if result is None:  # resumed after the last epoch
         result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
     log.say(str(result))
     return result
+
+
+def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: Accelerator) -> str:
+    """Give the backbone of a new run what it starts from, and say what that is."""
+    report = model.backbone[0].weights
+    if report is not None:
+        return f"backbone: {report}"
+    if not config.calibration_images:
+        return "backbone: random weights, and frozen BatchNorm without statistics: expect it not to train"
+    taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
+    return f"backbone: random weights, frozen BatchNorm took its statistics from {taken} training images"
+
+
+def _described(dataset: CocoDetection) -> str:
+    notes = [
+        f"{count} boxes {what}"
+        for count, what in ((dataset.clipped_boxes, "clipped to their image"), (dataset.dropped_boxes, "without area"))
+        if count
+    ]
+    return f"{len(dataset)} images" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
@@ -124,11 +149,11 @@ def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
 
 def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetection) -> TrainConfig:
     """The configuration with the number of classes that the data has."""
-    if train_set.category_ids != val_set.category_ids:
-        raise ConfigError(
-            "`data.train` and `data.val` must have the same category ids, got "
-            f"{list(train_set.category_ids)} and {list(val_set.category_ids)}"
-        )
+    train, val = (
+        dict(zip(dataset.category_ids, dataset.category_names, strict=True)) for dataset in (train_set, val_set)
+    )
+    if train != val:
+        raise ConfigError(f"`data.train` and `data.val` must have the same categories, got {train} and {val}")
     asked = config.detector.num_classes
     if asked not in (None, train_set.num_classes):
         raise ConfigError(f"`detector.num_classes` must be null or {train_set.num_classes} as in the data, got {asked}")

@@ -13,7 +13,8 @@ from torchvision import tv_tensors
 from detr_backbone.coco.dataset import CocoDetection, Target
 from detr_backbone.coco.evaluator import CocoEvaluator, CocoResult
 from detr_backbone.coco.transforms import TransformConfig, make_transforms
-from detr_backbone.detectors import PostProcess, build_detector
+from detr_backbone.detectors import DetectorConfig, PostProcess, build_detector
+from detr_backbone.errors import NumericsError
 from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 from detr_backbone.training.checkpoint import Checkpoint, load_model
 from detr_backbone.training.config import DataConfig, TrainConfig, config_from_dict
@@ -30,9 +31,7 @@ def detector_of(checkpoint: Checkpoint) -> tuple[nn.Module, TrainConfig]:
         CheckpointError: the weights are not those of the configuration.
     """
     config = config_from_dict(checkpoint.config)
-    # The checkpoint holds every weight, so the pretrained file that training began with is not needed.
-    backbone = replace(config.detector.backbone, weights=None)
-    model = build_detector(replace(config.detector, backbone=backbone))
+    model = build_detector(without_pretrained(config.detector))
     load_model(checkpoint, model)
     return model.eval(), config
 
@@ -42,19 +41,33 @@ def evaluate(
 ) -> tuple[CocoResult, CocoEvaluator]:
     """COCO's numbers of a detector on a dataset, the same in every process, and the evaluator with all detections."""
     loader = eval_loader(dataset, config, world_size=accelerator.num_processes, rank=accelerator.process_index)
-    evaluator = CocoEvaluator(dataset.annotations)
-    rows = [torch.zeros(0, 7, dtype=torch.float64)]
-    image_ids = [torch.zeros(0, 1, dtype=torch.float64)]
+    ids, numbers, seen = [torch.zeros(0, 2, dtype=torch.int64)], [torch.zeros(0, 5)], []
     for target, found in _detections(model, postprocess, loader, accelerator):
-        image_id = torch.full((len(found["scores"]), 1), target["image_id"], dtype=torch.float64)
-        columns = [image_id, found["labels"][:, None].cpu(), found["scores"][:, None].cpu(), found["boxes"].cpu()]
-        rows.append(torch.cat([column.double() for column in columns], dim=1))
-        image_ids.append(torch.tensor([[target["image_id"]]], dtype=torch.float64))
-    everything = _gather(torch.cat(rows), accelerator)
-    for image_id in _gather(torch.cat(image_ids), accelerator)[:, 0].tolist():
-        mine = everything[everything[:, 0] == image_id]
-        evaluator.update({int(image_id): {"labels": mine[:, 1].long(), "scores": mine[:, 2], "boxes": mine[:, 3:]}})
+        image_id = torch.full_like(found["labels"], target["image_id"])
+        ids.append(torch.stack([image_id, found["labels"]], dim=1).cpu())
+        numbers.append(torch.cat([found["scores"][:, None], found["boxes"]], dim=1).float().cpu())
+        seen.append(target["image_id"])
+    all_ids, all_numbers = (_gather(torch.cat(rows), accelerator) for rows in (ids, numbers))
+    all_seen = _gather(torch.tensor(seen, dtype=torch.int64), accelerator)
+
+    evaluator = CocoEvaluator(dataset.annotations)
+    order = all_ids[:, 0].argsort(stable=True)
+    by_image, counts = torch.unique_consecutive(all_ids[order, 0], return_counts=True)
+    parts = [torch.split(rows[order], counts.tolist()) for rows in (all_ids, all_numbers)]
+    nothing = {"labels": all_ids[:0, 1], "scores": all_numbers[:0, 0], "boxes": all_numbers[:0, 1:]}
+    evaluator.update(
+        dict.fromkeys(all_seen.tolist(), nothing)
+        | {
+            image_id: {"labels": labels[:, 1], "scores": values[:, 0], "boxes": values[:, 1:]}
+            for image_id, labels, values in zip(by_image.tolist(), *parts, strict=True)
+        }
+    )
     return evaluator.compute(), evaluator
+
+
+def without_pretrained(config: DetectorConfig) -> DetectorConfig:
+    """The same detector without its pretrained file, for a checkpoint that holds every weight."""
+    return replace(config, backbone=replace(config.backbone, weights=None))
 
 
 @torch.inference_mode()
@@ -83,17 +96,21 @@ def _detections(
         with accelerator.autocast():
             outputs = model(images.to(accelerator.device, non_blocking=True))
         sizes = torch.tensor([target["orig_size"] for target in targets], device=accelerator.device)
-        yield from zip(targets, postprocess(outputs, sizes), strict=True)
+        try:
+            found = postprocess(outputs, sizes)
+        except NumericsError as error:
+            raise NumericsError(f"{error} | where: image_id={[target['image_id'] for target in targets]}") from error
+        yield from zip(targets, found, strict=True)
 
 
 def _gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """The rows of all processes; float64 holds every id below 2^53 exactly."""
+    """The rows of all processes, which may have different numbers of them, in all processes."""
     if accelerator.num_processes == 1:
         return rows
-    marked = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], dim=1).to(accelerator.device)
-    padded = accelerator.pad_across_processes(marked, dim=0)
-    gathered: Tensor = accelerator.gather(padded).cpu()
-    return gathered[gathered[:, -1] == 1, :-1]
+    rows = rows.to(accelerator.device)
+    counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    gathered = accelerator.gather(accelerator.pad_across_processes(rows, dim=0)).cpu()
+    return torch.cat([part[:count] for part, count in zip(gathered.chunk(len(counts)), counts, strict=True)])
 
 
 def picture_files(path: Path | str) -> list[Path]:

@@ -1,13 +1,13 @@
 """AdamW in groups of their own learning rate, and how the rates change over a run."""
 
 import math
-from collections.abc import Iterable
 
-import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from detr_backbone.errors import NumericsError
 from detr_backbone.training.config import OptimizerConfig
 
 LINEAR_PROJECTIONS = ("reference_points", "sampling_offsets")
@@ -49,14 +49,17 @@ def build_schedule(optimizer: AdamW, config: OptimizerConfig, steps_per_epoch: i
     return LambdaLR(optimizer, factor)
 
 
-def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Clip the gradient's norm to `max_norm` (0 does not clip) and return what it was.
+def clip_gradient(model: nn.Module, max_norm: float) -> None:
+    """Clip the norm of a model's gradient to `max_norm`; 0 does not clip.
 
     Raises:
-        RuntimeError: the norm is NaN or infinite.
+        NumericsError: the norm is NaN or infinite; names the first parameters to blame.
     """
-    limit = max_norm if max_norm > 0 else math.inf
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True))
+    try:
+        clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf, error_if_nonfinite=True)
+    except RuntimeError as error:
+        bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise NumericsError(f"gradients must be finite, got NaN or infinity in {bad[:5] or 'their norm'}") from error
 
 
 def describe_groups(optimizer: AdamW) -> str:

@@ -17,28 +17,28 @@ COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS)
 
 
 class Means:
-    """Running means of the losses of an epoch."""
+    """Running means of the losses of an epoch, in this process."""
 
     def __init__(self) -> None:
-        self._sums = dict.fromkeys(LOSSES, 0.0)
+        self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Count the losses of one step."""
         self._count += 1
         for name in LOSSES:
-            self._sums[name] += losses[name].item()
+            self._sums[name] = self._sums.get(name, 0) + losses[name].detach()  # no wait for the device here
 
     def values(self) -> dict[str, float]:
         """The mean of each loss so far."""
-        return {name: total / max(1, self._count) for name, total in self._sums.items()}
+        return {name: total.item() / self._count for name, total in self._sums.items()}
 
     def __str__(self) -> str:
         return "  ".join(f"{name} {value:.3f}" for name, value in self.values().items() if name.startswith("loss"))
 
 
 class RunLog:
-    """The run's console and its `metrics.csv`, one row per epoch.
+    """The run's console and its `metrics.csv`, one row per epoch; seconds count from the start of this process.
 
     Args:
         folder: where `metrics.csv` stands; rows are added to one that is there.
@@ -84,4 +84,4 @@ class RunLog:
             if is_new:
                 writer.writeheader()
             values = {"epoch": epoch, "step": step, "seconds": seconds, "lr": lr, **means.values(), **stats}
-            writer.writerow({name: round(value, 6) for name, value in values.items()})
+            writer.writerow({name: f"{value:.6g}" for name, value in values.items()})
