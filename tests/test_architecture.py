@@ -13,6 +13,7 @@ COMPONENT = {
     "errors",
     "frozen_batch_norm",
     "layer_getter",
+    "layer_strategies",
     "nested_tensor",
     "padding",
     "position_encoding",
