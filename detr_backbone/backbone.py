@@ -25,13 +25,13 @@ TRAINED_STAGES = ("layer2", "layer3", "layer4")
 
 
 class BackboneBase(nn.Module):
-    """Feature levels with their masks, finest first, of a network that runs its children in sequence.
+    """Feature levels with their masks, finest first, of a network.
 
     Args:
         backbone: the network, with FrozenBatchNorm2d where it normalises.
         return_interm_layers: return all four stages of a ResNet instead of the last.
-        return_layers: the general form: any children by name, in any order; contradicts `return_interm_layers`.
-        train_layers: children (or dotted paths) whose parameters train; all others are frozen. Empty freezes all.
+        return_layers: the general form: any layers by path, in any order; contradicts `return_interm_layers`.
+        train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
         padding: "exact" makes an image's features independent of who shares its batch, and refuses a network for which
             it cannot; "zeros" reproduces the original code (facebookresearch/detr), where padding leaks into the image.
 
@@ -65,8 +65,8 @@ class BackboneBase(nn.Module):
         if len(set(return_layers)) < len(return_layers):
             raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
         _train_only(backbone, train_layers)
-        depth = {name: index for index, (name, _) in enumerate(backbone.named_children())}
-        ordered = sorted(return_layers, key=lambda name: depth.get(name, len(depth)))
+        depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
+        ordered = sorted(return_layers, key=lambda path: depth.get(path, len(depth)))
         try:
             self.body = IntermediateLayerGetter(backbone, {name: str(level) for level, name in enumerate(ordered)})
         except ValueError as error:

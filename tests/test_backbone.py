@@ -190,3 +190,10 @@ def test_any_sequential_network_makes_a_backbone() -> None:
         (1, 4, 5, 5),
         (1, 8, 3, 3),
     ]
+
+
+def test_layers_inside_of_stages_make_levels_too() -> None:
+    backbone = Backbone("resnet18", return_layers=["layer4.0", "layer2.0.conv1"])
+
+    assert (backbone.strides, backbone.channels) == ((8, 32), (128, 512))
+    assert list(backbone.state_dict()) == [f"body.{key}" for key in backbone.body.state_dict()]
