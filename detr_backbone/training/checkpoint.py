@@ -74,7 +74,7 @@ def refuse_another_run(
         CheckpointError: naming the first difference.
     """
     saved, asked = dict(flat(checkpoint.config)), dict(flat(config_to_dict(config)))
-    for key in saved.keys() | asked.keys():
+    for key in sorted(saved.keys() | asked.keys()):
         if key not in MAY_CHANGE and saved.get(key) != asked.get(key):
             raise CheckpointError(
                 f"a resumed run keeps its settings | where: key={key} | got {asked.get(key)!r} expected "
