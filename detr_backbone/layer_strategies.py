@@ -6,7 +6,6 @@ the computation itself where it is not. A trace that could miss something fails,
 
 import operator
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, cast
@@ -14,6 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from detr_backbone.threads import current_thread
 
 _DEVICES = ("cpu", "cuda")
 
@@ -99,7 +100,7 @@ class Hooks:
             module.register_forward_hook(self._returned)
 
     def __call__(self, x: Tensor) -> dict[str, Any]:
-        thread = _thread()
+        thread = current_thread()
         outputs = self._running[thread] = _Outputs(self._wanted)
         try:
             with suppress(_AllReturned):
@@ -110,7 +111,7 @@ class Hooks:
         return dict(outputs)
 
     def _returned(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        outputs = self._running.get(_thread())
+        outputs = self._running.get(current_thread())
         if outputs is not None:
             outputs.add(module, output)
 
@@ -279,8 +280,3 @@ def _check_reached(return_layers: Mapping[str, str], outputs: Collection[str]) -
     missing = [path for path, name in return_layers.items() if name not in outputs]
     if missing:
         raise ValueError(f"`return_layers` must name layers that the forward calls, it never called {missing}")
-
-
-def _thread() -> int:
-    # Dynamo cannot trace get_ident, and what it compiles runs as a whole.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -6,7 +6,6 @@ again before each such window, which is what the window finds beyond the border 
 cells of a level follow by ceiling division, as they do for the image alone.
 """
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from detr_backbone.errors import ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.nested_tensor import NestedTensor, Size
+from detr_backbone.threads import current_thread
 
 Padding: TypeAlias = Literal["exact", "zeros"]
 
@@ -150,7 +150,7 @@ class ExactPadding:
     @contextmanager
     def around(self, images: NestedTensor) -> Iterator[None]:
         """Within this context, a pass of the network over `images.tensors` is exact."""
-        thread = _thread()
+        thread = current_thread()
         self._levels[thread] = _Levels(images)
         try:
             yield
@@ -158,7 +158,7 @@ class ExactPadding:
             del self._levels[thread]
 
     def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        levels = self._levels.get(_thread())
+        levels = self._levels.get(current_thread())
         return None if levels is None else (levels.zero_padded_cells(inputs[0], stride),)
 
 
@@ -199,8 +199,3 @@ def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
     return not window.ceil_mode and (isinstance(window, nn.MaxPool2d) or window.count_include_pad)
-
-
-def _thread() -> int:
-    # Dynamo cannot trace get_ident, and what it compiles runs as a whole.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -17,6 +17,7 @@ COMPONENT = {
     "nested_tensor",
     "padding",
     "position_encoding",
+    "threads",
     "weights",
 }
 # part -> the parts it may import from, besides itself
