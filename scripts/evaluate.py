@@ -53,11 +53,10 @@ def main(
         torch.manual_seed(settings.seed)
         settings = replace(settings, detector=replace(settings.detector, num_classes=dataset.num_classes))
         model = build_detector(settings.detector)
-    else:
-        trained = dict(zip(loaded.category_ids, loaded.category_names, strict=True))
-        found = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
-        if found != trained:
-            raise ConfigError(f"the dataset must have the categories of the checkpoint, {trained}, got {found}")
+    elif dataset.categories != loaded.categories:
+        raise ConfigError(
+            f"the dataset must have the categories of the checkpoint, {loaded.categories}, got {dataset.categories}"
+        )
     postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
     result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)
     if accelerator.is_main_process:

@@ -26,7 +26,7 @@ def main(*, checkpoint: str, images: str, output: str, threshold: float = 0.5, l
     model, config = detector_of(loaded)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     postprocess = build_postprocess(config.detector, category_ids=loaded.category_ids)
-    names = dict(zip(loaded.category_ids, loaded.category_names, strict=True))
+    names = loaded.categories
     paths = picture_files(images)[:limit]
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -131,11 +131,11 @@ def test_a_resumed_run_keeps_its_settings(run: Path, shapes: Path, changes: dict
 
 def test_a_resumed_run_keeps_its_categories(run: Path, shapes: Path) -> None:
     checkpoint = load_checkpoint(run / CHECKPOINT)
-    config, ids = config_from_dict(checkpoint.config), checkpoint.category_ids
+    config, categories = config_from_dict(checkpoint.config), checkpoint.categories
 
-    refuse_another_run(checkpoint, config, ids, checkpoint.category_names)
+    refuse_another_run(checkpoint, config, categories)
     with pytest.raises(CheckpointError, match="keeps its categories"):
-        refuse_another_run(checkpoint, config, ids, checkpoint.category_names[::-1])
+        refuse_another_run(checkpoint, config, dict(zip(categories, reversed(categories.values()), strict=True)))
 
 
 def test_training_and_validation_must_name_their_categories_alike(shapes: Path, tmp_path: Path) -> None:

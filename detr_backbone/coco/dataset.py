@@ -54,6 +54,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         image_ids: the id of each index.
         category_ids: the dataset's category id of each label 0 .. K - 1.
         category_names: the name of each label.
+        categories: category id -> name, in the order of the labels.
         num_classes: K.
 
     Raises:
@@ -73,6 +74,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.image_ids: tuple[int, ...] = tuple(self.annotations.image_ids.tolist())
         self.category_ids = self.annotations.category_ids
         self.category_names = self.annotations.category_names
+        self.categories = dict(zip(self.category_ids, self.category_names, strict=True))
         self.num_classes = len(self.category_ids)
         self._images = Path(images)
         _check_files(self._images, self.annotations)

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on, and that a prediction needs to name what it sees."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ class Checkpoint:
     category_ids: tuple[int, ...]
     category_names: tuple[str, ...]
 
+    @property
+    def categories(self) -> dict[int, str]:
+        """Category id -> name, in the order of the labels."""
+        return dict(zip(self.category_ids, self.category_names, strict=True))
+
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; at every moment `path` holds either the old one or the new one, whole."""
@@ -65,9 +70,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(**{key: content[key] for key in KEYS})
 
 
-def refuse_another_run(
-    checkpoint: Checkpoint, config: TrainConfig, category_ids: Sequence[int], category_names: Sequence[str]
-) -> None:
+def refuse_another_run(checkpoint: Checkpoint, config: TrainConfig, categories: Mapping[int, str]) -> None:
     """Refuse to continue a run with other settings or other categories; it may only become longer, or report otherwise.
 
     Raises:
@@ -80,10 +83,8 @@ def refuse_another_run(
                 f"a resumed run keeps its settings | where: key={key} | got {asked.get(key)!r} expected "
                 f"{saved.get(key)!r} as in the checkpoint | fix: take its value, or start a run of its own"
             )
-    categories = dict(zip(category_ids, category_names, strict=True))
-    saved_categories = dict(zip(checkpoint.category_ids, checkpoint.category_names, strict=True))
-    if categories != saved_categories:
-        raise CheckpointError(f"a resumed run keeps its categories | got {categories} expected {saved_categories}")
+    if categories != checkpoint.categories:
+        raise CheckpointError(f"a resumed run keeps its categories | got {categories} expected {checkpoint.categories}")
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:

@@ -70,7 +70,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     log.say(f"{_described(train_set)} to train on, {_described(val_set)} to evaluate, {len(loader)} steps per epoch")
     log.say(describe_groups(optimizer))
     if previous is not None:
-        refuse_another_run(previous, config, train_set.category_ids, train_set.category_names)
+        refuse_another_run(previous, config, train_set.categories)
         restore(previous, model, optimizer, schedule)
         log.say(f"resumed after epoch {previous.epoch}")
     else:
@@ -149,11 +149,11 @@ def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
 
 def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetection) -> TrainConfig:
     """The configuration with the number of classes that the data has."""
-    train, val = (
-        dict(zip(dataset.category_ids, dataset.category_names, strict=True)) for dataset in (train_set, val_set)
-    )
-    if train != val:
-        raise ConfigError(f"`data.train` and `data.val` must have the same categories, got {train} and {val}")
+    if train_set.categories != val_set.categories:
+        raise ConfigError(
+            f"`data.train` and `data.val` must have the same categories, got {train_set.categories} and "
+            f"{val_set.categories}"
+        )
     asked = config.detector.num_classes
     if asked not in (None, train_set.num_classes):
         raise ConfigError(f"`detector.num_classes` must be null or {train_set.num_classes} as in the data, got {asked}")
