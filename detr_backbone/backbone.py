@@ -2,13 +2,16 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 import torchvision
 from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError
+from detr_backbone.folding import fold_frozen_batch_norm
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.layer_getter import IntermediateLayerGetter, unknown_name
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
@@ -34,9 +37,11 @@ class BackboneBase(nn.Module):
         train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
         padding: "exact" makes an image's features independent of who shares its batch, and refuses a network for which
             it cannot; "zeros" reproduces the original code (facebookresearch/detr), where padding leaks into the image.
+        channels_last: compute with the channels of a cell side by side in memory, which convolutions are faster with.
 
     Attributes:
-        body: the IntermediateLayerGetter; state-dict keys are `body.*`.
+        body: the IntermediateLayerGetter; state-dict keys are `body.*`. Its frozen BatchNorms are folded into the
+            convolutions before them, whose outputs are then the norms'; see `folding`.
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
@@ -54,6 +59,7 @@ class BackboneBase(nn.Module):
         return_layers: Sequence[str] | None = None,
         train_layers: Sequence[str] = TRAINED_STAGES,
         padding: Padding = "exact",
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         if return_layers is not None and return_interm_layers:
@@ -83,6 +89,9 @@ class BackboneBase(nn.Module):
         self.input_strides = measured.input_strides
         self.padding = padding
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
+        fold_frozen_batch_norm(self.body, except_for=[backbone.get_submodule(path) for path in ordered])
+        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.body.to(memory_format=self._memory_format)
 
     def forward(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, NestedTensor]:
         """Levels [B, C, h, w] with their masks under "0", "1", …, finest first.
@@ -91,11 +100,8 @@ class BackboneBase(nn.Module):
             images: a NestedTensor; or what makes one: images [C, h, w] of any sizes, or a batch [B, C, H, W].
         """
         images = as_nested_tensor(images)
-        if self._exact_padding is None or not images.is_padded:
-            features = self.body(images.tensors)
-        else:
-            with self._exact_padding.around(images):
-                features = self.body(images.tensors)
+        with nullcontext() if self._exact_padding is None else self._exact_padding.around(images):
+            features = self.body(images.tensors.to(memory_format=self._memory_format))
         return {
             name: feature_level(tensors, images, stride=stride, padding=self.padding)
             for (name, tensors), stride in zip(features.items(), self.strides, strict=True)
@@ -110,7 +116,7 @@ class Backbone(BackboneBase):
         weights: None (random), the name of torchvision weights such as "IMAGENET1K_V1", or the path of a local file,
             as `load_weights` takes them. DEFAULT is no such name: what it means changes with torchvision.
         dilation: keep the resolution of layer3 in layer4 (DC5); only networks of Bottleneck blocks can.
-        return_interm_layers, return_layers, train_layers, padding: see BackboneBase.
+        return_interm_layers, return_layers, train_layers, padding, channels_last: see BackboneBase.
 
     Attributes:
         weights: the report of what was loaded; None if nothing was.
@@ -132,6 +138,7 @@ class Backbone(BackboneBase):
         return_layers: Sequence[str] | None = None,
         train_layers: Sequence[str] = TRAINED_STAGES,
         padding: Padding = "exact",
+        channels_last: bool = True,
     ) -> None:
         if name not in RESNETS:
             raise ConfigError(f"`name` must be a ResNet: {unknown_name(name, RESNETS)}")
@@ -149,6 +156,7 @@ class Backbone(BackboneBase):
             return_layers=return_layers,
             train_layers=train_layers,
             padding=padding,
+            channels_last=channels_last,
         )
         self.weights = None
         if weights is not None:
@@ -200,6 +208,7 @@ class BackboneConfig:
         train_layers: the stages that train; [] freezes the whole backbone.
         dilation: DC5, layer4 at the resolution of layer3; not for resnet18 and resnet34.
         padding: exact, or zeros as in the original code, where an image's features depend on its batch.
+        channels_last: the memory format of convolutions, faster on most devices than the other.
         position_encoding: how positions are encoded.
         hidden_dim: channels of the position encodings, and of the detector that reads them.
     """
@@ -210,6 +219,7 @@ class BackboneConfig:
     train_layers: tuple[str, ...] = TRAINED_STAGES
     dilation: bool = False
     padding: Padding = "exact"
+    channels_last: bool = True
     position_encoding: PositionEncodingConfig = field(default_factory=PositionEncodingConfig)
     hidden_dim: int = 256
 
@@ -229,6 +239,7 @@ def build_backbone(config: BackboneConfig) -> Joiner:
         return_layers=config.return_layers,
         train_layers=config.train_layers,
         padding=config.padding,
+        channels_last=config.channels_last,
     )
     return Joiner(backbone, position_encoding)
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
+from detr_backbone.meta import PROBE, run_on_meta
 from detr_backbone.nested_tensor import NestedTensor, Size
 from detr_backbone.threads import current_thread
 
@@ -28,7 +29,6 @@ Padding: TypeAlias = Literal["exact", "zeros"]
 # A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _CELL_BY_CELL = (FrozenBatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)
-_PROBE = 256  # pixels of the measuring image: every stride that divides it is measured exactly
 
 
 def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
@@ -56,9 +56,12 @@ def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding
     if padding == "zeros":
         mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
         return NestedTensor(tensors, mask)
-    level = NestedTensor(tensors, images.mask[:, ::stride, ::stride], sizes=valid_sizes(images.sizes, stride))
+    mask = images.mask[:, ::stride, ::stride]
+    # A compiled graph must not be specialised on the sizes.
+    sizes = None if torch.compiler.is_compiling() else valid_sizes(images.sizes, stride)
+    level = NestedTensor(tensors, mask, sizes=sizes)
     if level.is_padded:
-        level.tensors = _zero_padded_cells(level.tensors, level.mask, level.sizes)
+        level.tensors = _zero_padded_cells(tensors, mask, sizes, in_place=not torch.is_grad_enabled())
     return level
 
 
@@ -82,37 +85,31 @@ def measure(body: nn.Module) -> Measured:
         ConfigError: there is no convolution, or an output is not a map whose side is the image's divided by a whole
             stride.
     """
-    first = next((module for module in body.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        raise ConfigError("the network must begin with a convolution, got none")
     input_strides: dict[str, int] = {}
 
     def remember(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs and inputs[0].ndim == 4 and _PROBE % inputs[0].shape[-1] == 0:
-            input_strides[path] = _PROBE // inputs[0].shape[-1]
+        if inputs and inputs[0].ndim == 4 and PROBE % inputs[0].shape[-1] == 0:
+            input_strides[path] = PROBE // inputs[0].shape[-1]
 
     handles: list[RemovableHandle] = [
         module.register_forward_pre_hook(partial(remember, path))
         for path, module in body.named_modules()
         if not list(module.children())
     ]
-    meta = {name: tensor.to("meta") for name, tensor in [*body.named_parameters(), *body.named_buffers()]}
-    probe = torch.empty(1, first.in_channels, _PROBE, _PROBE, device="meta", dtype=first.weight.dtype)
     try:
-        with torch.no_grad():
-            outputs: dict[str, Tensor] = torch.func.functional_call(body, meta, (probe,))
+        outputs: dict[str, Tensor] = run_on_meta(body)
     finally:
         for handle in handles:
             handle.remove()
     for name, output in outputs.items():
-        if output.ndim != 4 or _PROBE % output.shape[-1]:
+        if output.ndim != 4 or PROBE % output.shape[-1]:
             raise ConfigError(
                 f"output {name!r} must be a feature map with a whole stride, got {list(output.shape)} for an image of "
-                f"{_PROBE} x {_PROBE} pixels; return another layer"
+                f"{PROBE} x {PROBE} pixels; return another layer"
             )
     return Measured(
         channels={name: output.shape[1] for name, output in outputs.items()},
-        strides={name: _PROBE // output.shape[-1] for name, output in outputs.items()},
+        strides={name: PROBE // output.shape[-1] for name, output in outputs.items()},
         input_strides=input_strides,
     )
 
@@ -150,6 +147,9 @@ class ExactPadding:
     @contextmanager
     def around(self, images: NestedTensor) -> Iterator[None]:
         """Within this context, a pass of the network over `images.tensors` is exact."""
+        if not images.is_padded:
+            yield
+            return
         thread = current_thread()
         self._levels[thread] = _Levels(images)
         try:
@@ -157,9 +157,15 @@ class ExactPadding:
         finally:
             del self._levels[thread]
 
-    def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    def _before_window(self, stride: int, window: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
-        return None if levels is None else (levels.zero_padded_cells(inputs[0], stride),)
+        if levels is None:
+            return None
+        (features,) = inputs
+        # The image may be the caller's own memory, and what takes part in a backward pass must stay as it is.
+        learns = features.requires_grad or any(parameter.requires_grad for parameter in window.parameters())
+        in_place = stride > 1 and not (learns and torch.is_grad_enabled())
+        return (levels.zero_padded_cells(features, stride, in_place=in_place),)
 
 
 class _Levels:
@@ -167,28 +173,21 @@ class _Levels:
 
     def __init__(self, images: NestedTensor) -> None:
         self._images = images
-        self._made: dict[int, tuple[Tensor, tuple[Size, ...]]] = {}
+        self._made: dict[int, tuple[Tensor, tuple[Size, ...] | None]] = {}
 
-    def zero_padded_cells(self, features: Tensor, stride: int) -> Tensor:
+    def zero_padded_cells(self, features: Tensor, stride: int, *, in_place: bool) -> Tensor:
         if stride not in self._made:
-            self._made[stride] = (
-                self._images.mask[:, ::stride, ::stride],
-                valid_sizes(self._images.sizes, stride),
-            )
-        mask, sizes = self._made[stride]
-        if stride == 1:  # this may be the caller's own memory, which is never written to
-            return features.masked_fill(mask[:, None], 0)
-        return _zero_padded_cells(features, mask, sizes)
+            sizes = None if torch.compiler.is_compiling() else valid_sizes(self._images.sizes, stride)
+            self._made[stride] = (self._images.mask[:, ::stride, ::stride], sizes)
+        return _zero_padded_cells(features, *self._made[stride], in_place=in_place)
 
 
-def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size]) -> Tensor:
-    # Without autograd nobody can ask for the old values, and writing only the padded cells costs next to nothing. A
-    # compiled graph must not be specialised on the sizes, so it takes the mask.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | None, *, in_place: bool) -> Tensor:
+    if not in_place or sizes is None:
         return features.masked_fill(mask[:, None], 0)
     if features.device.type != "cpu":  # one kernel for the batch
         return features.masked_fill_(mask[:, None], 0)
-    for image, (h, w) in zip(features, sizes, strict=True):
+    for image, (h, w) in zip(features, sizes, strict=True):  # writing only the padded cells costs next to nothing
         image[:, h:].zero_()
         image[:, :h, w:].zero_()
     return features
