@@ -28,9 +28,9 @@ class FoldedConv2d(nn.Conv2d):
     _kept: "_Kept | None"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
-        if not self.norm[0].folded:
-            return self._conv_forward(input, self.weight, self.bias)
-        return self._conv_forward(input, *self._weight_and_bias(input.device.type))
+        weight, bias = self._weight_and_bias(input.device.type) if self.norm[0].folded else (self.weight, self.bias)
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output
 
     def _weight_and_bias(self, device: str) -> tuple[Tensor, Tensor]:
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
