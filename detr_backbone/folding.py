@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.meta import run_on_meta
+from detr_backbone.meta import on_meta
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -28,9 +28,9 @@ class FoldedConv2d(nn.Conv2d):
     _kept: "_Kept | None"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
-        if not self.norm[0].folded:
-            return super().forward(input)
-        return self._conv_forward(input, *self._weight_and_bias(input.device.type))
+        weight, bias = self._weight_and_bias(input.device.type) if self.norm[0].folded else (self.weight, self.bias)
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output
 
     def _weight_and_bias(self, device: str) -> tuple[Tensor, Tensor]:
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -63,7 +63,7 @@ class FoldedConv2d(nn.Conv2d):
         return {**vars(self), "_kept": None}
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, folded={self.norm[0].extra_repr()}"
+        return f"{super().extra_repr()}, folds FrozenBatchNorm2d"  # type: ignore[no-untyped-call]
 
 
 class _Kept:
@@ -124,7 +124,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts how often each tensor is read during a pass."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an id is one tensor's as long as that lives
 
@@ -159,7 +159,7 @@ def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
     ]
     try:
         with _Uses() as uses:
-            run_on_meta(network)
+            on_meta(network)
     finally:
         for handle in handles:
             handle.remove()

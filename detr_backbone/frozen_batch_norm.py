@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError, NumericsError
-from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
+from detr_backbone.nested_tensor import NestedTensor
 
 if TYPE_CHECKING:
     from detr_backbone.backbone import BackboneBase, Joiner
@@ -53,10 +53,10 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.folded:
-            return x
+            return self.then(x)
         # batch_norm reads parameters of its input's dtype or of float32, and folds them in float32 in both cases.
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        return self.then(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
         )
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
@@ -64,6 +64,10 @@ class FrozenBatchNorm2d(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
+
+    def then(self, x: Tensor) -> Tensor:
+        """What a subclass does with the normalised values: nothing here."""
+        return x
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
@@ -100,7 +104,7 @@ def calibrate_frozen_batch_norm(
     sums = {path: torch.zeros(2, len(layer.weight), device=layer.weight.device) for path, layer in layers.items()}
     images = count = 0
     for batch in batches:
-        nested = as_nested_tensor(batch)
+        nested = base.prepared(batch)
         count += 1
         images += len(nested)
         hooks = [
@@ -127,8 +131,8 @@ def calibrate_frozen_batch_norm(
 
 
 def _mask_of(images: NestedTensor, backbone: "BackboneBase", path: str) -> Tensor | None:
-    stride = backbone.input_strides[path]
-    return images.mask[:, ::stride, ::stride] if images.is_padded else None
+    stride = backbone.input_strides.get(path)  # what has none is no map of the image, and has no padded cells
+    return images.mask[:, ::stride, ::stride] if stride and images.is_padded else None
 
 
 def _normalise_by_batch(
@@ -146,7 +150,8 @@ def _normalise_by_batch(
     variance, mean = torch.var_mean(cells, dim=1)
     sums += torch.stack([mean, variance])
     biased = variance * ((count - 1) / count)  # BatchNorm normalises by the biased variance and keeps the unbiased one
-    return F.batch_norm(x, mean, biased, layer.weight.float(), layer.bias.float(), training=False, eps=layer.eps)
+    weight, bias = layer.weight.float(), layer.bias.float()
+    return layer.then(F.batch_norm(x, mean, biased, weight, bias, training=False, eps=layer.eps))
 
 
 def _check_finite(sums: Mapping[str, Tensor]) -> None:

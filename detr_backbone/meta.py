@@ -6,27 +6,26 @@ import torch
 from torch import nn
 
 from detr_backbone.errors import ConfigError
+from detr_backbone.input_channels import first_convolution
+from detr_backbone.nested_tensor import Size
 
-PROBE = 256
-"""Pixels of the image's side: every stride that divides it is measured exactly."""
+PROBE: Size = (256, 320)
+"""(h, w) of the measuring image: every stride that divides both is measured exactly."""
 
 
-def run_on_meta(network: nn.Module) -> Any:
-    """What a network that maps [B, C, H, W] returns for one image of `PROBE` x `PROBE` pixels, on the meta device.
+def on_meta(network: nn.Module, size: Size = PROBE) -> Any:
+    """What a network gives for an image of this size, as shapes without numbers.
 
     Raises:
-        ConfigError: there is no convolution, so that the image's channels are not known.
+        ConfigError: the network has no convolution, or does not take such an image.
     """
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        raise ConfigError("the network must begin with a convolution, got none")
-    tensors = {
-        name: tensor.to("meta")
-        for name, tensor in [
-            *network.named_parameters(remove_duplicate=False),
-            *network.named_buffers(remove_duplicate=False),
-        ]
-    }
-    image = torch.empty(1, first.in_channels, PROBE, PROBE, device="meta", dtype=first.weight.dtype)
-    with torch.no_grad():
-        return torch.func.functional_call(network, tensors, (image,))
+    _, first = first_convolution(network)
+    meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+    image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
+    try:
+        with torch.no_grad():
+            return torch.func.functional_call(network, meta, (image,))
+    except Exception as error:  # whatever a network raises at an image that it was not made for
+        raise ConfigError(
+            f"the network must take images of any size, got for {size[0]} x {size[1]} pixels: {error}"
+        ) from error
