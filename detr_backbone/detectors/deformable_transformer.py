@@ -157,7 +157,7 @@ class DeformableTransformer(nn.Module):
         usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True)  # padding has its centres beyond 1
         content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
         logits = outside_autocast(class_embed[-1], content)
-        if not propose_padding:
+        if not propose_padding and cells.mask is not None:
             logits = logits.masked_fill(cells.mask[..., None], PADDED_LOGIT)
         boxes = refine(anchors, outside_autocast(bbox_embed[-1], content))
         return Proposals(logits, boxes.masked_fill(~usable, 1))
@@ -172,8 +172,9 @@ class DeformableTransformer(nn.Module):
         return references, query_pos, tgt
 
     def _check_candidates(self, levels: Sequence[NestedTensor], *, propose_padding: bool) -> None:
+        whole = propose_padding or torch.compiler.is_compiling()  # a graph does not know the sizes
         for index in range(len(levels[0])):
-            shapes = [level.tensors.shape[-2:] if propose_padding else level.sizes[index] for level in levels]
+            shapes = [level.tensors.shape[-2:] if whole else level.sizes[index] for level in levels]
             count = sum(h * w for h, w in shapes)
             if count < self.two_stage_num_proposals:
                 raise ValueError(
