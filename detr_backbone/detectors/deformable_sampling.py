@@ -122,9 +122,7 @@ def _by_embedding_bag(value: Tensor, spatial_shapes: Sequence[Size], locations: 
     atlas, tops = _atlas(value, spatial_shapes)
     rows, columns = atlas.shape[1:3]
 
-    def of_points(
-        numbers: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:  # [L * J], along the memory of all that follows
+    def of_points(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:  # [L * J], the last axis of all that follows
         return torch.tensor(numbers, dtype=dtype, device=value.device).repeat_interleave(points)
 
     x, y = locations.reshape(-1, levels * points, 2).unbind(-1)
@@ -184,21 +182,19 @@ class _BagSums(torch.autograd.Function):
         table, first, shares = ctx.saved_tensors
         grad = grad.contiguous()
         of_shares = torch.empty_like(shares)
-        for some, theirs, out in zip(
-            *(tensor.split(_BAGS_AT_ONCE) for tensor in (first, grad, of_shares)), strict=True
-        ):
+        parts = zip(*(tensor.split(_BAGS_AT_ONCE) for tensor in (first, grad, of_shares)), strict=True)
+        for some, theirs, out in parts:
             index = _with_neighbours(some, ctx.neighbours)
             rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
             torch.sum(rows.mul_(theirs[:, None]), dim=-1, out=out.view(index.shape))
 
         row, order = first.flatten().sort()
         start = torch.searchsorted(row, torch.arange(len(table), dtype=row.dtype, device=row.device))
-        bag = order // first.shape[1]
+        reader = order // first.shape[1]
         of_table = torch.zeros_like(table)
-        for distance, share in zip(
-            ctx.neighbours, shares.transpose(0, 1).reshape(len(ctx.neighbours), -1), strict=True
-        ):
-            read = F.embedding_bag(bag, grad, start, mode="sum", per_sample_weights=share.index_select(0, order))
+        for distance, share in zip(ctx.neighbours, shares.unbind(dim=1), strict=True):
+            weight = share.flatten().index_select(0, order)
+            read = F.embedding_bag(reader, grad, start, mode="sum", per_sample_weights=weight)
             of_table[distance:] += read[: len(table) - distance]
         return of_table, None, None, of_shares
 
