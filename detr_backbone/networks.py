@@ -103,6 +103,21 @@ def default_levels(network: nn.Module) -> list[str]:
     return [stage.path for stage in found if stage.stride >= 4]
 
 
+def chosen_levels(
+    network: nn.Module, return_layers: Sequence[str] | None, *, return_interm_layers: bool
+) -> Sequence[str]:
+    """The layers to return: those that are named; otherwise all default levels, or the last of them.
+
+    Raises:
+        ConfigError: layers are named, and all of them asked for too; or there are no default levels.
+    """
+    if return_layers is None:
+        return default_levels(network)[0 if return_interm_layers else -1 :]
+    if return_interm_layers:
+        raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
+    return return_layers
+
+
 def after_first_stage(network: nn.Module, return_layers: Sequence[str]) -> list[str]:
     """The layers after the stem and the first stage, which DETR leaves as pretrained, up to the last one returned.
 

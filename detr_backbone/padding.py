@@ -6,8 +6,8 @@ again before each such window, which is what the window finds beyond the border 
 cells of a level follow by ceiling division, as they do for the image alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -184,8 +184,7 @@ class ExactPadding:
     """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
 
     torch's own layers are known or refused here. The code of others, and between layers, is not seen: `find_leak` runs
-    it. A part of the network that is computed a second time outside `around`, as activation checkpointing does, is not
-    exact then.
+    it. A part of the network that is computed a second time is exact within `again`; see `checkpoint_layers`.
 
     Args:
         body: the network; its convolutions and pools get a hook that does nothing outside `around`.
@@ -194,23 +193,18 @@ class ExactPadding:
 
     def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
         # Keyed by thread: a server may run one network in several threads at once.
-        self._levels: dict[int, _Levels] = {}
+        self._levels: dict[int, _Levels | None] = {}
         for path, module in body.named_modules():
             if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)) and path in input_strides:
                 module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
 
-    @contextmanager
-    def around(self, images: NestedTensor) -> Iterator[None]:
+    def around(self, images: NestedTensor) -> AbstractContextManager[None]:
         """Within this context, a pass of the network over `images.tensors` is exact."""
-        if not images.is_padded:
-            yield
-            return
-        thread = current_thread()
-        self._levels[thread] = _Levels(images)
-        try:
-            yield
-        finally:
-            del self._levels[thread]
+        return _Within(self._levels, _Levels(images) if images.is_padded else None)
+
+    def again(self) -> AbstractContextManager[None]:
+        """The context that this thread is in now, for a part of the pass that is computed a second time, anywhere."""
+        return _Within(self._levels, self._levels.get(current_thread()))
 
     def _before_window(self, stride: int, window: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
@@ -221,6 +215,20 @@ class ExactPadding:
         learns = features.requires_grad or any(parameter.requires_grad for parameter in window.parameters())
         in_place = stride > 1 and not (learns and torch.is_grad_enabled())
         return (levels.zero_padded_cells(features, stride, in_place=in_place),)
+
+
+class _Within:
+    """A context in which a thread has these levels; it can be entered again and again."""
+
+    def __init__(self, running: "dict[int, _Levels | None]", levels: "_Levels | None") -> None:
+        self._running = running
+        self._levels = levels
+
+    def __enter__(self) -> None:
+        self._running[current_thread()] = self._levels
+
+    def __exit__(self, *_: object) -> None:
+        del self._running[current_thread()]
 
 
 class _Levels:

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "detr_backbone"
 
 COMPONENT = {
     "__init__",
+    "activation_checkpointing",
     "backbone",
     "errors",
     "exactness",
