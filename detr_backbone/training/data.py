@@ -5,7 +5,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, Subset
 
+from detr_backbone.coco.annotations import load_annotations
 from detr_backbone.coco.dataset import CocoDetection, Target, collate
+from detr_backbone.coco.subset import take_subset
 from detr_backbone.coco.transforms import make_transforms
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor
@@ -16,16 +18,17 @@ Loader: TypeAlias = DataLoader[Any]  # of samples, which it collates to a Batch
 
 
 def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDetection:
-    """The dataset of one split, with the transforms of training or of evaluation.
+    """The dataset of one split or of its subset, with the transforms of training or of evaluation.
 
     Raises:
-        ConfigError: the split is not configured.
+        ConfigError: the split is not configured, or its subset cannot be taken.
         AnnotationError, DataError: the dataset contradicts itself, or files are missing.
     """
     name = "train" if train else "val"
     if not (split.images and split.annotations):
         raise ConfigError(f"`data.{name}.images` and `data.{name}.annotations` must be set, got {split}")
-    return CocoDetection(split.images, split.annotations, transforms=make_transforms(config.transforms, train=train))
+    annotations = take_subset(load_annotations(split.annotations), split.subset)
+    return CocoDetection(split.images, annotations, transforms=make_transforms(config.transforms, train=train))
 
 
 def train_loader(
