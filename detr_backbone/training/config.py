@@ -40,6 +40,8 @@ class DataConfig:
         val: the split that is evaluated.
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
+        group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
+            not what the papers did. Evaluation always does so.
         num_workers: processes that read images; 0 reads them in the training process.
     """
 
@@ -47,6 +49,7 @@ class DataConfig:
     val: SplitConfig = field(default_factory=SplitConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
+    group_by_aspect_ratio: bool = False
     num_workers: int = 2
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            means.add(losses)
+            means.add(losses, images)
         if accelerator.is_main_process:
             state = Checkpoint(
                 model=model.state_dict(),
