@@ -23,13 +23,16 @@ from detr_backbone.training import (
 )
 
 
+AS_CONFIGURED = SubsetConfig()
+
+
 def main(
     *,
     checkpoint: str | None = None,
     config: str | None = None,
     images: str | None = None,
     annotations: str | None = None,
-    subset: SubsetConfig | None = None,
+    subset: SubsetConfig = AS_CONFIGURED,
     output: str | None = None,
 ) -> None:
     """Evaluate a detector on a dataset in COCO format.
@@ -39,7 +42,7 @@ def main(
         config: without a checkpoint, the configuration of a detector that is evaluated untrained.
         images: the folder of the pictures; the validation split of the configuration if left out.
         annotations: the COCO file of the pictures.
-        subset: which of the images; the part that the configuration names if left out, or all of --images.
+        subset: which of the images; if left out, what the configuration says, or all of --images.
         output: a folder for the numbers (results.json) and all detections (detections.json).
     """
     if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
@@ -51,7 +54,7 @@ def main(
         settings = parse_config(["--config", str(config)])
     accelerator = build_accelerator(settings.mixed_precision)
     split = settings.data.val if images is None else SplitConfig(images=images, annotations=str(annotations))
-    if subset is not None:
+    if subset != AS_CONFIGURED:
         split = replace(split, subset=subset)
     dataset = open_split(settings.data, split, train=False)
     if checkpoint is None:

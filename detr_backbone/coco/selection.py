@@ -192,7 +192,7 @@ def _listed(annotations: CocoAnnotations, path: str) -> list[int]:
         places.setdefault(name, []).append(image_id)
     known = set(ids)
     found = {
-        line: places.get(line) or [int(line)] * (line.isdecimal() and int(line) in known)
+        line: places.get(line) or ([int(line)] if line.isdecimal() and int(line) in known else [])
         for line in filter(None, map(str.strip, lines))
     }
     _refuse_unknown("listed images", [line for line in found if not found[line]], names, annotations, "image_list")
