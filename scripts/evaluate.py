@@ -22,7 +22,6 @@ from detr_backbone.training import (
     plain_errors,
 )
 
-
 AS_CONFIGURED = SubsetConfig()
 
 
