@@ -129,6 +129,28 @@ def test_a_resumed_run_keeps_its_settings(run: Path, shapes: Path, changes: dict
     assert (run / "config.yaml").read_bytes() == before
 
 
+def test_a_run_from_before_an_option_came_is_resumed_with_its_default(run: Path, shapes: Path) -> None:
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    config = config_from_dict(checkpoint.config)
+    data = {key: value for key, value in checkpoint.config["data"].items() if key != "group_by_aspect_ratio"}
+    older = replace(checkpoint, config={**checkpoint.config, "data": data})
+
+    refuse_another_run(older, config, checkpoint.categories)
+    grouped = replace(config, data=replace(config.data, group_by_aspect_ratio=True))
+    with pytest.raises(CheckpointError, match=r"key=data\.group_by_aspect_ratio \| got True expected False"):
+        refuse_another_run(older, grouped, checkpoint.categories)
+
+
+def test_the_saved_configuration_opens_with_the_identity_of_the_images(run: Path) -> None:
+    lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
+
+    # seq 1 10 | sha256sum and seq 1 4 | sha256sum
+    assert lines[:2] == [
+        "# data.train: 10 images, ids sha256 bf794518e35d7f1ce3a50b3058c4191bb9401e568fc645d77e10b0f404cf1f22",
+        "# data.val: 4 images, ids sha256 16fbd7d1f18d2fedb247d73edc3bc6aa040f5ab99bd3b48c35b79e543d22179b",
+    ]
+
+
 def test_a_resumed_run_keeps_its_categories(run: Path, shapes: Path) -> None:
     checkpoint = load_checkpoint(run / CHECKPOINT)
     config, categories = config_from_dict(checkpoint.config), checkpoint.categories

@@ -46,6 +46,7 @@ class CocoAnnotations:
         boxes: float64 [N, 4] as in the file, xywh in pixels, neither side negative.
         areas: float64 [N], the file's `area`, or that of the box where the file gives none.
         is_crowd: bool [N].
+        part: which images of the file these are, in words; empty for all of them.
     """
 
     source: str
@@ -60,6 +61,7 @@ class CocoAnnotations:
     boxes: npt.NDArray[np.float64]
     areas: npt.NDArray[np.float64]
     is_crowd: npt.NDArray[np.bool_]
+    part: str = ""
 
 
 def load_annotations(path: Path | str) -> CocoAnnotations:

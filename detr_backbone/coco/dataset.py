@@ -45,12 +45,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Args:
         images: the folder of the pictures. Links that lead out of it are refused.
-        annotations: the COCO annotation file.
+        annotations: the COCO annotation file, or what was read from it, such as a subset.
         transforms: called with image and target, gives both back; see `detr_backbone.coco.transforms`. Without, the
             image is a `tv_tensors.Image` of uint8 [3, h, w].
 
     Attributes:
-        annotations: the checked file.
+        annotations: the checked annotations.
         image_ids: the id of each index.
         category_ids: the dataset's category id of each label 0 .. K - 1.
         category_names: the name of each label.
@@ -65,11 +65,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def __init__(
         self,
         images: Path | str,
-        annotations: Path | str,
+        annotations: CocoAnnotations | Path | str,
         *,
         transforms: Callable[[Any, Target], tuple[Tensor, Target]] | None = None,
     ) -> None:
-        self.annotations = load_annotations(annotations)
+        self.annotations = annotations if isinstance(annotations, CocoAnnotations) else load_annotations(annotations)
         self.transforms = transforms
         self.image_ids: tuple[int, ...] = tuple(self.annotations.image_ids.tolist())
         self.category_ids = self.annotations.category_ids
@@ -77,7 +77,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.categories = dict(zip(self.category_ids, self.category_names, strict=True))
         self.num_classes = len(self.category_ids)
         self._images = Path(images)
-        _check_files(self._images, self.annotations)
+        check_files(self._images, self.annotations)
 
         boxes, self.clipped_boxes = clipped_boxes(self.annotations)
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -139,7 +139,7 @@ def clipped_boxes(annotations: CocoAnnotations) -> tuple[npt.NDArray[np.float64]
     return inside, int((np.abs(inside - boxes) > 0.01).any(axis=1).sum())
 
 
-def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
+def check_files(folder: Path, annotations: CocoAnnotations) -> None:
     """Refuse an empty dataset, names that leave the folder, and files that do not exist."""
     if not len(annotations.image_ids):
         raise DataError(f"dataset has no images | where: file={annotations.source} key=images | got []")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
@@ -22,10 +23,12 @@ class SplitConfig:
     Args:
         images: the folder of the pictures.
         annotations: the JSON file.
+        subset: which of its images; without any option, all of them.
     """
 
     images: str = ""
     annotations: str = ""
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class DataConfig:
         val: the split that is evaluated.
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
+        group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
+            not what the papers did. Evaluation always does so.
         num_workers: processes that read images; 0 reads them in the training process.
     """
 
@@ -44,6 +49,7 @@ class DataConfig:
     val: SplitConfig = field(default_factory=SplitConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
+    group_by_aspect_ratio: bool = False
     num_workers: int = 2
 
     def __post_init__(self) -> None:
@@ -163,10 +169,14 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return {key: _plain(value) for key, value in asdict(config).items()}
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the configuration as a YAML file that `--config` reads, in a folder that is made where it is missing."""
+def save_config(config: TrainConfig, path: Path, *, remarks: Sequence[str] = ()) -> None:
+    """Write the configuration as a YAML file that `--config` reads, in a folder that is made where it is missing.
+
+    `remarks` stand above it as comments.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+    comments = "".join(f"# {remark}\n" for remark in remarks)
+    path.write_text(comments + yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def config_from_dict(content: Mapping[str, Any]) -> TrainConfig:

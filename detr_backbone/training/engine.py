@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
+from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
@@ -77,7 +78,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
         seed_epoch(loader, config.seed, epoch=0, rank=rank)
         log.say(_start(model, config, loader, accelerator))
     if accelerator.is_main_process:
-        save_config(config, folder / "config.yaml")
+        save_config(config, folder / "config.yaml", remarks=_identities(train_set, val_set))
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
     prepared = accelerator.prepare(model)
 
@@ -94,7 +95,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            means.add(losses)
+            means.add(losses, images)
         if accelerator.is_main_process:
             state = Checkpoint(
                 model=model.state_dict(),
@@ -136,7 +137,15 @@ def _described(dataset: CocoDetection) -> str:
         for count, what in ((dataset.clipped_boxes, "clipped to their image"), (dataset.dropped_boxes, "without area"))
         if count
     ]
-    return f"{len(dataset)} images" + (f" ({', '.join(notes)})" if notes else "")
+    return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _identities(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
+    """What tells later whether another run saw the same images."""
+    return [
+        f"data.{split}: {len(dataset)} images, ids sha256 {image_ids_sha256(dataset.image_ids)}"
+        for split, dataset in (("train", train_set), ("val", val_set))
+    ]
 
 
 def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
