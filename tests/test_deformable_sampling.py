@@ -86,7 +86,9 @@ def test_gradients_are_those_of_the_sum(sampling: str) -> None:
 def test_gradients_agree_for_levels_in_any_order_and_more_queries_than_a_part(shapes: list[tuple[int, int]]) -> None:
     gradients = []
     for sampling in ("embedding_bag", "grid_sample"):
-        tensors = [tensor.requires_grad_() for tensor in drawn(shapes=shapes, queries=100)]  # 2 * 100 * 3 bags, 512 at once
+        tensors = [
+            tensor.requires_grad_() for tensor in drawn(shapes=shapes, queries=100)
+        ]  # 2 * 100 * 3 bags, 512 at once
         read = multi_scale_deformable_attention(tensors[0], shapes, *tensors[1:], sampling=sampling)
         gradients.append(torch.autograd.grad(read.square().sum(), tensors))
 
