@@ -86,7 +86,9 @@ def test_gradients_are_those_of_the_sum(sampling: str) -> None:
 def test_gradients_agree_for_levels_in_any_order_and_more_queries_than_a_part(shapes: list[tuple[int, int]]) -> None:
     gradients = []
     for sampling in ("embedding_bag", "grid_sample"):
-        tensors = [tensor.requires_grad_() for tensor in drawn(shapes=shapes, queries=50)]  # 2 * 50 * 3 bags of 256
+        tensors = [
+            tensor.requires_grad_() for tensor in drawn(shapes=shapes, queries=100)
+        ]  # 2 * 100 * 3 bags, 512 at once
         read = multi_scale_deformable_attention(tensors[0], shapes, *tensors[1:], sampling=sampling)
         gradients.append(torch.autograd.grad(read.square().sum(), tensors))
 
@@ -208,3 +210,26 @@ def test_an_unknown_way_is_refused() -> None:
 def test_a_detector_that_does_not_sample_refuses_the_option() -> None:
     with pytest.raises(ConfigError, match="`sampling` is read by deformable_detr only, got grid_sample for detr"):
         DetectorConfig(sampling="grid_sample")
+
+
+def test_an_exported_graph_reads_by_grid_sample_which_every_format_has() -> None:
+    module = MSDeformAttn(12, 3, M, J)
+    arguments = (torch.randn(B, Q, 12), torch.rand(B, Q, 3, 2), torch.randn(B, 42, 12), SHAPES)
+
+    exported = torch.export.export(module, arguments)
+
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert sum("grid_sampler" in name for name in called) == len(SHAPES)
+    assert not any("embedding_bag" in name for name in called)
+
+
+@every_way
+def test_every_way_compiles_into_one_graph(sampling: str) -> None:
+    value, locations, weights = drawn()
+
+    def read(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return multi_scale_deformable_attention(value, SHAPES, locations, weights, sampling=sampling)
+
+    compiled = torch.compile(read, backend="eager", fullgraph=True)
+
+    torch.testing.assert_close(compiled(value, locations, weights), read(value, locations, weights))
