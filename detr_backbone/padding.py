@@ -161,7 +161,8 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     missing = (0, -width % divisor, 0, -height % divisor)
     if not any(missing):
         return images
-    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=images.sizes)
+    sizes = None if torch.compiler.is_compiling() else images.sizes  # see `feature_level`
+    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
 
 
 def refuse_leaky_layers(body: nn.Module) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from detr_backbone import BackboneConfig
 from detr_backbone.coco.shapes import draw_shapes
@@ -33,6 +34,7 @@ from detr_backbone.training import (
     train,
 )
 from detr_backbone.training.checkpoint import load_model, refuse_another_run
+from detr_backbone.training.data import train_loader
 from detr_backbone.training.engine import CHECKPOINT
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient
 
@@ -294,3 +296,27 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all() -> None:
     clip_gradient(model, 0.5)
     # the norm 5 becomes 0.5, to the 1e-6 that torch adds to it
     assert (model.weight.grad.item(), model.bias.grad.item()) == pytest.approx((0.3, 0.4), rel=1e-5)
+
+
+def test_a_compiled_run_has_few_graphs_and_an_evaluation(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module = torch.nn.Module.compile
+    # Inductor would take minutes; what it is given is found here all the same.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    torch.compiler.reset()
+    counters.clear()
+    config = tiny(shapes, tmp_path / "run", compile=True)
+    result = train(replace(config, data=replace(config.data, pad_to_multiple_of=64)))
+
+    assert 2 <= counters["stats"]["unique_graphs"] <= 6  # one padded size, of training and of evaluation
+    assert not counters["graph_break"]
+    assert 0 <= result.stats["AP"] <= 1
+
+
+def test_batches_have_sides_of_the_multiple_that_is_asked_for(shapes: Path, tmp_path: Path) -> None:
+    data = replace(tiny(shapes, tmp_path).data, pad_to_multiple_of=48)
+    images, _ = next(iter(train_loader(open_split(data, data.train, train=True), data)))
+
+    assert [side % 48 for side in images.tensors.shape[-2:]] == [0, 0]
+    assert images.is_padded

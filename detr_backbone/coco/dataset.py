@@ -20,6 +20,7 @@ from detr_backbone.coco.annotations import CocoAnnotations, load_annotations
 from detr_backbone.coco.images import read_image
 from detr_backbone.errors import AnnotationError, DataError
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
+from detr_backbone.padding import pad_to_multiple
 
 
 class Target(TypedDict):
@@ -106,15 +107,22 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[Target]]:
+def collate(
+    samples: Sequence[tuple[Tensor, Target]], *, pad_to_multiple_of: int = 1
+) -> tuple[NestedTensor, list[Target]]:
     """Samples as one padded batch with its targets; the `collate_fn` of a DataLoader.
+
+    Args:
+        samples: as `CocoDetection` gives them, transformed.
+        pad_to_multiple_of: divides the sides of the batch, so that batches have few sizes.
 
     >>> target = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0), image_id=7, orig_size=(4, 6), size=(4, 6))
     >>> images, targets = collate([(torch.zeros(3, 4, 6), target), (torch.zeros(3, 5, 2), target)])
     >>> images.tensors.shape, [target["image_id"] for target in targets]
     (torch.Size([2, 3, 5, 6]), [7, 7])
     """
-    return nested_tensor_from_tensor_list([image for image, _ in samples]), [target for _, target in samples]
+    images = nested_tensor_from_tensor_list([image for image, _ in samples])
+    return pad_to_multiple(images, pad_to_multiple_of), [target for _, target in samples]
 
 
 def clipped_boxes(annotations: CocoAnnotations) -> tuple[npt.NDArray[np.float64], int]:

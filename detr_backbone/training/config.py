@@ -40,6 +40,8 @@ class DataConfig:
         val: the split that is evaluated.
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
+        pad_to_multiple_of: divides the sides of every batch; with `compile`, it bounds the number of sizes that are
+            compiled.
         group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
             not what the papers did. Evaluation always does so.
         num_workers: processes that read images; 0 reads them in the training process.
@@ -49,11 +51,12 @@ class DataConfig:
     val: SplitConfig = field(default_factory=SplitConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
+    pad_to_multiple_of: int = 1
     group_by_aspect_ratio: bool = False
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        for key, least in (("batch_size", 1), ("num_workers", 0)):
+        for key, least in (("batch_size", 1), ("num_workers", 0), ("pad_to_multiple_of", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"`data.{key}` must be at least {least}, got {getattr(self, key)}")
 
@@ -104,6 +107,7 @@ class TrainConfig:
         data: the data.
         optimizer: the optimiser.
         mixed_precision: "bf16" computes the detector under autocast.
+        compile: compile the detector with torch.compile: minutes at the start, less time for every step after.
         calibration_images: training images from which a backbone without pretrained weights takes its frozen BatchNorm
             statistics before the first step; 0 leaves them at (0, 1).
         eval_every: epochs between evaluations; the last epoch is always evaluated.
@@ -116,6 +120,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixed_precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
     calibration_images: int = 256
     eval_every: int = 1
     seed: int = 0

@@ -5,6 +5,7 @@ pixels do. A wide image beside a tall one is the most expensive pair, so images 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -95,7 +96,7 @@ def train_loader(
         dataset,
         batch_sampler=batches,
         num_workers=config.num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, pad_to_multiple_of=config.pad_to_multiple_of),
         pin_memory=torch.cuda.is_available(),
         generator=generator,
     )
@@ -125,7 +126,7 @@ def eval_loader(dataset: CocoDetection, config: DataConfig, *, world_size: int =
         Subset(dataset, order[rank::world_size]),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, pad_to_multiple_of=config.pad_to_multiple_of),
         pin_memory=torch.cuda.is_available(),
     )
 

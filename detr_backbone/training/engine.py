@@ -62,8 +62,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     set_seed(config.seed)
     rank = accelerator.process_index
     loader = train_loader(train_set, config.data, seed=config.seed, world_size=accelerator.num_processes, rank=rank)
-    model = build_detector(config.detector if previous is None else without_pretrained(config.detector))
-    model.to(accelerator.device)
+    model = _build_model(config, resumed=previous is not None).to(accelerator.device)
     criterion = build_criterion(config.detector).to(accelerator.device)
     postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
     optimizer = build_optimizer(model, config.optimizer)
@@ -116,6 +115,13 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
         result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
     log.say(str(result))
     return result
+
+
+def _build_model(config: TrainConfig, *, resumed: bool) -> DETR | DeformableDETR:
+    model = build_detector(without_pretrained(config.detector) if resumed else config.detector)
+    if config.compile:
+        model.compile()
+    return model
 
 
 def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: Accelerator) -> str:
