@@ -70,7 +70,7 @@ def check_split(
     if not any(one.kind == "structure" for one in findings):
         findings += _examine_use(content, num_queries)
         table = content.images
-        named = np.flatnonzero([name != "" for name in table.names])
+        named = np.flatnonzero([name != "" for name in table.names]).tolist()
         names = [table.names[row] for row in named]
         files = examine_files(images, table.ids[named], names, source=source)
         findings += files

@@ -57,7 +57,7 @@ class DataReport:
 
     def count(self, severity: Severity) -> int:
         """How many kinds of faults are of this severity, over all splits."""
-        return sum(self.severity(one.kind) == severity for split in self.splits for one in split.findings)
+        return sum(self.severity(one.kind) == severity for _, one in self._sorted())
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, to be written as JSON."""
@@ -112,6 +112,13 @@ class DataReport:
         return "\n".join([*lines, f"\n{sums}: {verdict}"])
 
     def _sorted(self) -> list[tuple[CheckedSplit, Findings]]:
-        every = [(split, one) for split in self.splits for one in split.findings]
+        every = [
+            (split, one)
+            for split in self.splits
+            for one in split.findings
+            if not (
+                one.kind == "segmentation_missing" and one.count == split.num_annotations and not self.segmentations
+            )
+        ]
         order = list(KINDS)
         return sorted(every, key=lambda e: (_SEVERITIES.index(self.severity(e[1].kind)), order.index(e[1].kind)))

@@ -62,8 +62,8 @@ def four_numbers(values: Sequence[Any]) -> tuple[Floats, Bools]:
     none = [None] * 4
     shaped = [value if isinstance(value, list) and len(value) == 4 else none for value in values]
     flat, bad = numbers(list(chain.from_iterable(shaped)))
-    malformed = bad.reshape(-1, 4).any(axis=1)
-    boxes = flat.reshape(-1, 4)
+    malformed: Bools = np.any(bad.reshape(-1, 4), axis=1)
+    boxes: Floats = flat.reshape(-1, 4)
     boxes[malformed] = 0
     return boxes, malformed
 

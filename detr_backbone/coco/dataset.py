@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from detr_backbone.coco.annotations import load_annotations, refuse
+from detr_backbone.coco.boxes import MOVED_TOLERANCE, clip
 from detr_backbone.coco.files import examine_files
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.images import read_image
-from detr_backbone.coco.rules import MOVED_TOLERANCE, clip
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
 
 

@@ -37,7 +37,7 @@ def examine_files(folder: Path | str, image_ids: Rows, names: Sequence[str], *, 
             missing[index] = not outside[index] and not os.path.isfile(real)  # noqa: PTH113
     rows: dict[str, int] = {}
     first = np.array([rows.setdefault(os.path.normpath(name), row) for row, name in enumerate(names)], dtype=np.int64)
-    absent = [names[row] for row in np.flatnonzero(missing)]
+    absent = [names[row] for row in np.flatnonzero(missing).tolist()]
 
     def where(row: int) -> str:
         return f"file={source} image_id={image_ids[row]} key=file_name"

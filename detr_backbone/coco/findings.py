@@ -6,7 +6,7 @@ dataset collects them all.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -217,3 +217,9 @@ def found(kind: str, bad: npt.NDArray[np.bool_], word: Callable[[int], tuple[str
         return []
     examples = tuple(Finding(kind, *word(row)) for row in rows[:EXAMPLES].tolist())
     return [Findings(kind=kind, count=len(rows), examples=examples, rows=rows)]
+
+
+def shortened(value: Any, length: int = 80) -> str:
+    """A value as errors show it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."

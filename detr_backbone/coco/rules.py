@@ -10,18 +10,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from detr_backbone.coco.boxes import MOVED_PIXELS, MOVED_SHARE, MOVED_TOLERANCE, Clipped, clip
 from detr_backbone.coco.columns import Bools, Floats, four_numbers, integers, is_file_name, numbers, places_of, repeated
-from detr_backbone.coco.findings import Finding, Findings, Rows, found
+from detr_backbone.coco.findings import Finding, Findings, Rows, found, shortened
 from detr_backbone.coco.segmentations import Packer, Segmentations, examine_segmentations
 
 Record: TypeAlias = Mapping[str, Any]
+Place: TypeAlias = Callable[[int], str]  # what findings call the record of a row
 
 _LISTS = ("images", "annotations", "categories")
-MOVED_TOLERANCE = 0.01
-"""Pixels by which a box may reach outside its image without being counted: what rounding leaves."""
-MOVED_PIXELS = 2
-MOVED_SHARE = 0.01
-"""More than this share of boxes that clipping moves by more than MOVED_PIXELS tells of wrong sizes or formats."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,28 +28,6 @@ class ImageTable:
     ids: Rows
     names: Sequence[str]
     sizes: Rows
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Clipped:
-    """Boxes [N, 4] as xyxy within their images, and what had to be done for that.
-
-    Attributes:
-        boxes: float64 [N, 4].
-        outside: the box shares nothing with its image.
-        without_area: its width or height is 0.
-        moved: float64 [N], by how many pixels a side was moved, 0 for boxes outside.
-    """
-
-    boxes: Floats
-    outside: Bools
-    without_area: Bools
-    moved: Floats
-
-    @property
-    def is_target(self) -> Bools:
-        """Whether anything is left of a box [N] to be found."""
-        return ~self.outside & ~self.without_area
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,19 +58,6 @@ class Content:
     images: ImageTable
     categories: Mapping[int, str]
     annotations: AnnotationTable
-
-
-def clip(boxes: Floats, sizes: Rows) -> Clipped:
-    """Clip boxes [N, 4] as xywh to images of `sizes` [N, 2] as (h, w)."""
-    with np.errstate(over="ignore"):
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    limits = np.tile(sizes[:, ::-1], 2)
-    has_sides = (boxes[:, 2:] > 0).all(axis=1)
-    outside = has_sides & ((corners[:, :2] >= limits[:, :2]) | (corners[:, 2:] <= 0)).any(axis=1)
-    inside = corners.clip(0, limits)
-    moved = np.where(outside, 0, np.abs(inside - corners).max(axis=1, initial=0))
-    without_area = ~outside & ~(inside[:, 2:] > inside[:, :2]).all(axis=1)
-    return Clipped(boxes=inside, outside=outside, without_area=without_area, moved=moved)
 
 
 def examine_content(content: Any, *, source: str, packer: Packer | None = None) -> Content:
@@ -131,14 +93,9 @@ def examine_images(entries: Sequence[Any], source: str) -> tuple[list[Findings],
     findings += found("file_name_malformed", ~named, lambda i: (f"{where(i)} key=file_name", repr(names[i])))
     sides = []
     for key in ("height", "width"):
-        values = [record.get(key) for record in records]
-        side, bad = integers(values)
-        findings += found(
-            "image_size_malformed",
-            bad | (side < 1),
-            lambda i, key=key, values=values: (f"{where(i)} key={key}", repr(values[i]), "a positive integer"),
-        )
-        sides.append(side.clip(0))
+        more, side = _examine_side(records, key, where)
+        findings += more
+        sides.append(side)
     sizes = np.stack(sides, axis=1)
     sizes[(sizes == 0).any(axis=1)] = 0
     findings += found("duplicate_image", again, lambda i: (where(i), f"{names[first[i]]!r} and {names[i]!r}"))
@@ -167,55 +124,20 @@ def examine_annotations(
     """The table of the annotations; `category_ids` ascend."""
     findings, records, ids = _with_ids(entries, "annotations", source)
 
-    def where(row: int, key: str) -> str:
-        return f"file={source} ann_id={ids[row]} key={key}"
+    def where(row: int) -> str:
+        return f"file={source} ann_id={ids[row]}"
 
-    rows = []
-    for key, kind, known in (
-        ("image_id", "unknown_image", images.ids),
-        ("category_id", "unknown_category", np.array(category_ids, dtype=np.int64)),
-    ):
-        values = [record.get(key) for record in records]
-        given, bad = integers(values)
-        findings += found(
-            "reference_malformed",
-            bad,
-            lambda i, key=key, values=values: (where(i, key), repr(values[i]), "an integer"),
-        )
-        places = places_of(given, known)
-        unknown = ~bad & (places < 0)
-        expected = f"one of {len(known)} ids that the file lists; so have {unknown.sum()} of {len(records)} annotations"
-        findings += found(
-            kind,
-            unknown,
-            lambda i, key=key, given=given, expected=expected: (where(i, key), str(given[i]), expected),
-        )
-        rows.append(np.where(bad, -1, places))
-    image_rows, category_rows = rows
-    findings += found("duplicate_annotation", repeated(ids)[0], lambda i: (where(i, "").removesuffix(" key="),))
-
-    raw = [record.get("bbox") for record in records]
-    boxes, malformed = four_numbers(raw)
-    negative = ~malformed & (boxes[:, 2:] < 0).any(axis=1)
-    findings += found("box_malformed", malformed, lambda i: (where(i, "bbox"), repr(raw[i]), "four numbers x, y, w, h"))
-    findings += found("box_negative", negative, lambda i: (where(i, "bbox"), repr(raw[i]), "x, y, w, h"))
-    with np.errstate(over="ignore"):
-        areas, bad = numbers([record.get("area", 0) for record in records])
-        has_area = np.fromiter(("area" in record for record in records), np.bool_, len(records))
-        areas = np.where(has_area, areas, boxes[:, 2] * boxes[:, 3])
-    bad |= ~malformed & ~negative & ~(np.isfinite(areas) & (areas >= 0))
-    findings += found(
-        "area_malformed",
-        bad,
-        lambda i: (where(i, "area"), repr(records[i].get("area", areas[i])), "a number >= 0"),
-    )
-    flags = [record.get("iscrowd", 0) for record in records]
-    crowd = np.fromiter((flag in (0, 1) and bool(flag) for flag in flags), np.bool_, len(flags))
-    unclear = np.fromiter((flag not in (0, 1) for flag in flags), np.bool_, len(flags))
-    findings += found("crowd_malformed", unclear, lambda i: (where(i, "iscrowd"), repr(flags[i]), "0 or 1"))
+    image_findings, image_rows = _examine_reference(records, "image_id", images.ids, where)
+    category_findings, category_rows = _examine_reference(records, "category_id", np.array(category_ids, int), where)
+    box_findings, boxes, whole = _examine_boxes(records, where)
+    area_findings, areas = _examine_areas(records, boxes, whole, where)
+    crowd_findings, crowd = _examine_crowds(records, where)
+    findings += image_findings + category_findings
+    findings += found("duplicate_annotation", repeated(ids)[0], lambda i: (where(i),))
+    findings += box_findings + area_findings + crowd_findings
 
     sizes = np.concatenate([images.sizes, [[0, 0]]])[image_rows]
-    has_box = ~malformed & ~negative & (sizes[:, 0] > 0)
+    has_box = whole & (sizes[:, 0] > 0)
     image_ids = np.append(images.ids, 0)[image_rows]
     clipped = clip(boxes, sizes)
     findings += _examine_geometry(
@@ -224,7 +146,7 @@ def examine_annotations(
     segmentations = None
     if packer is not None:
         values = [packer.pack(record.get("segmentation")) for record in records]
-        more, segmentations = examine_segmentations(values, packer, sizes, lambda i: where(i, "segmentation"))
+        more, segmentations = examine_segmentations(values, packer, sizes, where)
         findings += more
     return findings, AnnotationTable(
         ids=ids,
@@ -237,6 +159,73 @@ def examine_annotations(
         is_crowd=crowd,
         segmentations=segmentations,
     )
+
+
+def _examine_side(records: Sequence[Record], key: str, where: Place) -> tuple[list[Findings], Rows]:
+    """Height or width of each image, 0 where it is none."""
+    values = [record.get(key) for record in records]
+    sides, bad = integers(values)
+    findings = found(
+        "image_size_malformed",
+        bad | (sides < 1),
+        lambda i: (f"{where(i)} key={key}", repr(values[i]), "a positive integer"),
+    )
+    return findings, sides.clip(0)
+
+
+def _examine_reference(records: Sequence[Record], key: str, known: Rows, where: Place) -> tuple[list[Findings], Rows]:
+    """The row of `known` that each annotation belongs to, -1 for none."""
+    values = [record.get(key) for record in records]
+    given, bad = integers(values)
+    rows = np.where(bad, -1, places_of(given, known))
+    unknown = ~bad & (rows < 0)
+    expected = f"one of {len(known)} ids that the file lists; so have {unknown.sum()} of {len(records)} annotations"
+    return [
+        *found("reference_malformed", bad, lambda i: (f"{where(i)} key={key}", repr(values[i]), "an integer")),
+        *found(
+            f"unknown_{key.removesuffix('_id')}", unknown, lambda i: (f"{where(i)} key={key}", str(given[i]), expected)
+        ),
+    ], rows
+
+
+def _examine_boxes(records: Sequence[Record], where: Place) -> tuple[list[Findings], Floats, Bools]:
+    """Boxes [N, 4] as xywh, and whether each of them is one."""
+    raw = [record.get("bbox") for record in records]
+    boxes, malformed = four_numbers(raw)
+    negative = ~malformed & (boxes[:, 2:] < 0).any(axis=1)
+
+    def word(row: int) -> tuple[str, ...]:
+        return f"{where(row)} key=bbox", shortened(raw[row]), "four numbers x, y, w, h"
+
+    findings = [*found("box_malformed", malformed, word), *found("box_negative", negative, word)]
+    return findings, boxes, ~malformed & ~negative
+
+
+def _examine_areas(
+    records: Sequence[Record], boxes: Floats, whole: Bools, where: Place
+) -> tuple[list[Findings], Floats]:
+    """The area of each annotation, that of its box where the file gives none."""
+    areas, bad = numbers([record.get("area", 0) for record in records])
+    given = np.fromiter(("area" in record for record in records), np.bool_, len(records))
+    with np.errstate(over="ignore"):
+        areas = np.where(given, areas, boxes[:, 2] * boxes[:, 3])
+    bad |= whole & ~(np.isfinite(areas) & (areas >= 0))
+    findings = found(
+        "area_malformed",
+        bad,
+        lambda i: (f"{where(i)} key=area", shortened(records[i].get("area", float(areas[i]))), "a number >= 0"),
+    )
+    return findings, areas
+
+
+def _examine_crowds(records: Sequence[Record], where: Place) -> tuple[list[Findings], Bools]:
+    """Whether each annotation is a crowd."""
+    flags = [record.get("iscrowd", 0) for record in records]
+    crowd = np.fromiter((flag in (0, 1) and bool(flag) for flag in flags), np.bool_, len(flags))
+    unclear = np.fromiter((flag not in (0, 1) for flag in flags), np.bool_, len(flags))
+    return found(
+        "crowd_malformed", unclear, lambda i: (f"{where(i)} key=iscrowd", shortened(flags[i]), "0 or 1")
+    ), crowd
 
 
 def _examine_structure(content: Any, source: str) -> list[Findings]:
@@ -255,11 +244,9 @@ def _examine_structure(content: Any, source: str) -> list[Findings]:
     return [] if content["categories"] else [finding(" key=categories", "[]", "at least one")]
 
 
-def _examine_geometry(
-    boxes: Floats, sizes: Rows, clipped: Clipped, has_box: Bools, place: Callable[[int], str]
-) -> list[Findings]:
+def _examine_geometry(boxes: Floats, sizes: Rows, clipped: Clipped, has_box: Bools, where: Place) -> list[Findings]:
     def word(row: int) -> tuple[str, ...]:
-        return place(row), str(boxes[row].tolist()), f"within {sizes[row, 1]} x {sizes[row, 0]}"
+        return where(row), str(boxes[row].tolist()), f"within {sizes[row, 1]} x {sizes[row, 0]}"
 
     far = has_box & (clipped.moved > MOVED_PIXELS)
     return [

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from detr_backbone.coco.findings import Findings, Rows, found
+from detr_backbone.coco.findings import Findings, Rows, found, shortened
 from detr_backbone.coco.images import MAX_PIXELS
 
 Number = TypeVar("Number", np.float64, np.int64)
@@ -168,7 +168,7 @@ def examine_segmentations(
         *found(
             "segmentation_malformed",
             ~packed & ~missing,
-            lambda i: (word(i), _shortened(values[i]), "polygons of three finite points or more, or size and counts"),
+            lambda i: (word(i), shortened(values[i]), "polygons of three finite points or more, or size and counts"),
         ),
         *found(
             "segmentation_size",
@@ -225,8 +225,8 @@ def decoded_counts(text: str) -> list[int] | None:
     Every character holds five bits and whether more follow; from the fourth run on, a number is the difference from the
     run two before.
 
-    >>> decoded_counts("04L4")
-    [0, 4, 28, 8]
+    >>> decoded_counts("489JI0007")
+    [4, 8, 9, 2, 2, 2, 2, 2, 9]
     """
     if not text.isascii():
         return None
@@ -271,8 +271,3 @@ def _is_ring(ring: Any) -> bool:
 
 def _shared(values: "array[Any]", dtype: type[Number]) -> npt.NDArray[Number]:
     return np.frombuffer(values, dtype=dtype) if len(values) else np.zeros(0, dtype)
-
-
-def _shortened(value: Any, length: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
