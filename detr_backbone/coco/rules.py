@@ -115,7 +115,7 @@ def examine_categories(entries: Sequence[Any], source: str) -> tuple[list[Findin
 
     findings += found("category_name_malformed", nameless, lambda i: (f"{where(i)} key=name", repr(names[i])))
     findings += found("duplicate_category", again, lambda i: (where(i), f"{names[first[i]]!r} and {names[i]!r}"))
-    return findings, {number: str(names[row]) for row, number in reversed(list(enumerate(ids.tolist())))}
+    return findings, {number: str(names[row]) for number, row in sorted(zip(ids.tolist(), first.tolist(), strict=True))}
 
 
 def examine_annotations(

@@ -163,6 +163,15 @@ def examine_segmentations(
         return f"{place(index)} key=segmentation"
 
     limit = f"{MAX_PIXELS} pixels at most"
+
+    def word_far(index: int) -> tuple[str, ...]:
+        if not drawable[index]:
+            return word(index), f"polygons in an image of {sizes[index].tolist()}", limit
+        if low[index] >= -FAR * side[index] and high[index] <= (FAR + 1) * side[index]:
+            return word(index), f"{length[index]:g} pixels along its polygons", f"{MAX_OUTLINE} at most"
+        bounds = f"{-FAR * side[index]} to {(FAR + 1) * side[index]}"
+        return word(index), f"coordinates from {low[index]:g} to {high[index]:g}", bounds
+
     return [
         *found("segmentation_missing", missing, lambda i: (word(i), repr(values[i]), "polygons or an encoding")),
         *found(
@@ -180,15 +189,7 @@ def examine_segmentations(
             encoded & ~other_size & (filled != sizes.prod(axis=1)),
             lambda i: (f"{word(i)}.counts", f"runs of {filled[i]} pixels together", f"{sizes[i].prod()}"),
         ),
-        *found(
-            "segmentation_far",
-            far,
-            lambda i: (
-                word(i),
-                f"coordinates from {low[i]:g} to {high[i]:g}, {length[i]:g} pixels along its polygons",
-                f"-{FAR * side[i]} to {(FAR + 1) * side[i]}, {MAX_OUTLINE} along, in an image of {limit}",
-            ),
-        ),
+        *found("segmentation_far", far, word_far),
     ], masks
 
 
