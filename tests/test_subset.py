@@ -23,11 +23,13 @@ def content(images: int = 40, first: int = 1) -> dict[str, Any]:
     """Images with the ids 3 i: a person where 5 does not divide i, a cat where 3 does; a zebra in 36, a crowd in 45."""
     ids = [3 * i for i in range(first, first + images)]
     objects = [(i, 1) for i in ids if i // 3 % 5] + [(i, 17) for i in ids if i // 3 % 3 == 0] + [(36, 24)]
+    outline = {"segmentation": [[0, 0, 4, 0, 4, 2]]}
     boxes = [
         {"id": number, "image_id": i, "category_id": category, "bbox": [0, 0, number % 7 + 1, 2], "mine": [number]}
+        | outline
         for number, (i, category) in enumerate(objects)
     ]
-    crowd = {"id": 999, "image_id": 45, "category_id": 24, "bbox": [0, 0, 9, 9], "iscrowd": 1}
+    crowd = {"id": 999, "image_id": 45, "category_id": 24, "bbox": [0, 0, 9, 9], "iscrowd": 1} | outline
     return {
         "info": {"year": 2017, "mine": None},
         "licenses": [{"id": 1}],
@@ -38,7 +40,7 @@ def content(images: int = 40, first: int = 1) -> dict[str, Any]:
     }
 
 
-WHOLE = parse_annotations(content(), source="x.json")
+WHOLE = parse_annotations(content(), source="x.json", segmentations=True)
 
 
 def ids_of(whole: CocoAnnotations = WHOLE, **options: Any) -> list[int]:
@@ -157,12 +159,17 @@ def test_a_subset_holds_its_images_with_all_that_is_theirs() -> None:
 
 def test_every_field_of_the_annotations_is_taken_by_image_or_by_annotation_or_kept() -> None:
     chosen = only(WHOLE, [3])
-    lengths = {f.name: len(getattr(chosen, f.name)) for f in fields(chosen) if f.name not in ("source", "part")}
+    lengths = {
+        f.name: len(getattr(chosen, f.name)) for f in fields(chosen) if f.name not in ("source", "part", "findings")
+    }
 
     per_image = {"image_ids", "file_names", "sizes"}
     per_category = {"category_ids", "category_names"}
     assert lengths == {name: 4 if name in per_category else 1 for name in lengths}  # image 3 holds one person
     assert per_image | per_category < set(lengths)
+    assert chosen.segmentations is not None
+    assert WHOLE.segmentations is not None
+    assert chosen.segmentations[0] == WHOLE.segmentations[0]
 
 
 def test_categories_stay_those_of_the_dataset_unless_they_are_dropped() -> None:

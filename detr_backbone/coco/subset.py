@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json
-from detr_backbone.coco.dataset import check_files
+from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json, refuse
+from detr_backbone.coco.files import examine_files
 from detr_backbone.coco.selection import SubsetConfig, choose_images, places_of_ids
 from detr_backbone.errors import ConfigError, DataError
 
@@ -129,8 +129,9 @@ def write_subset(
         (folder / "annotations" / source.name).write_text(json.dumps(_records(content, chosen)), encoding="utf-8")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if images is not None:
-            check_files(Path(images), chosen)
-            _take_pictures(Path(images).resolve(), folder, chosen.file_names.tolist(), link=pictures == "link")
+            names = chosen.file_names.tolist()
+            refuse(examine_files(Path(images), chosen.image_ids, names, source=chosen.source))
+            _take_pictures(Path(images).resolve(), folder, names, link=pictures == "link")
         folder.rename(output)
     return manifest
 

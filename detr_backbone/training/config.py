@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
@@ -38,6 +39,7 @@ class DataConfig:
     Args:
         train: the training split.
         val: the split that is evaluated.
+        policies: what is done about faults of the annotations that need not be refused.
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
         pad_to_multiple_of: divides the sides of every batch; with `compile`, it bounds the number of sizes that are
@@ -49,6 +51,7 @@ class DataConfig:
 
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
+    policies: DataPolicies = field(default_factory=DataPolicies)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
     pad_to_multiple_of: int = 1

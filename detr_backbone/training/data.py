@@ -35,8 +35,9 @@ def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDe
     name = "train" if train else "val"
     if not (split.images and split.annotations):
         raise ConfigError(f"`data.{name}.images` and `data.{name}.annotations` must be set, got {split}")
-    annotations = take_subset(load_annotations(split.annotations), split.subset)
-    return CocoDetection(split.images, annotations, transforms=make_transforms(config.transforms, train=train))
+    annotations = take_subset(load_annotations(split.annotations, policies=config.policies), split.subset)
+    transforms = make_transforms(config.transforms, train=train)
+    return CocoDetection(split.images, annotations, transforms=transforms, policies=config.policies)
 
 
 class AspectRatioBatches(BatchSampler):

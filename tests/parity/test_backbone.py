@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detr_backbone import BackboneConfig, Joiner, build_backbone
-from detr_backbone.backbone import STAGES
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 from tests.parity.drawn import BATCHES, assert_reproduced, drawn_batch, load_drawn, published
 
 CASES: dict[str, dict[str, Any]] = {
