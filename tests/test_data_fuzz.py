@@ -55,7 +55,7 @@ def base() -> dict[str, Any]:
         "images": [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 16} for i in (4, 9)],
         "categories": [{"id": 3, "name": "dog"}, {"id": 79, "name": "cat"}],
         "annotations": [
-            {"id": n, "image_id": 4, "category_id": 79, "bbox": [2, 2, 9, 6], "area": 54, "iscrowd": 0, "segmentation": s}
+            {"id": n, "image_id": 4, "category_id": 79, "bbox": [2, 2, 9, 6], "iscrowd": 0, "segmentation": s}
             for n, s in enumerate(masks)
         ],
     }  # fmt: skip
