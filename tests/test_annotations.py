@@ -148,6 +148,7 @@ def test_an_error_names_the_place(wrong: Any, where: str) -> None:
         ("", "line=1 column=1 |"),
         ('{"a": "NaN",\n "b": NaN}', "line=2 column=7 | got NaN is not a number"),
         ("[1, -Infinity]", "line=1 column=5 | got -Infinity is not a number"),
+        ("[1, NaN2]", "line=1 column=5 | got NaN is not a number"),
         ("[" * 100_000, "where: file="),
     ],
 )
@@ -200,8 +201,9 @@ def test_an_annotation_is_left_out_and_counted_where_its_policy_says_so(kind: st
 
 
 @pytest.mark.parametrize(
-    ("kind", "bbox"), [("box_partly_outside", [15, 0, 6, 2]), ("box_without_area", [5, 0, 0, 2]), ("box_outside", [20, 0, 2, 2])]
-)  # fmt: skip
+    ("kind", "bbox"),
+    [("box_partly_outside", [15, 0, 6, 2]), ("box_without_area", [5, 0, 0, 2]), ("box_outside", [20, 0, 2, 2])],
+)
 def test_a_box_that_training_could_clip_or_drop_is_refused_where_its_policy_says_so(kind: str, bbox: list[int]) -> None:
     with pytest.raises(AnnotationError, match=r"file=x\.json image_id=4 ann_id=11 key=bbox"):
         parse_annotations(with_annotation(bbox=bbox), source="x.json", policies=DataPolicies(**{kind: "error"}))  # type: ignore[arg-type]

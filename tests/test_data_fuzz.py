@@ -4,6 +4,7 @@ What is damaged runs in another process, whose memory and time are limited; run 
 python tests/test_data_fuzz.py annotations 0 100.
 """
 
+import copy
 import io
 import json
 import random
@@ -55,7 +56,7 @@ def base() -> dict[str, Any]:
         "images": [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 16} for i in (4, 9)],
         "categories": [{"id": 3, "name": "dog"}, {"id": 79, "name": "cat"}],
         "annotations": [
-            {"id": n, "image_id": 4, "category_id": 79, "bbox": [2, 2, 9, 6], "area": 54, "iscrowd": 0, "segmentation": s}
+            {"id": n, "image_id": 4, "category_id": 79, "bbox": [2, 2, 9, 6], "iscrowd": 0, "segmentation": s}
             for n, s in enumerate(masks)
         ],
     }  # fmt: skip
@@ -93,10 +94,13 @@ def annotations(rng: random.Random, folder: Path) -> None:
             container[key] = counts(rng)
         elif damage == 3:
             container[key] = [
-                [rng.choice([rng.uniform(-90, 90), rng.choice(VALUES)]) for _ in range(rng.randrange(14))]
+                [
+                    rng.choice([rng.uniform(-90, 90), copy.deepcopy(rng.choice(VALUES))])
+                    for _ in range(rng.randrange(14))
+                ]
             ]
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(content).replace(
         COMPRESSED, "".join(chr(rng.randrange(46, 114)) for _ in range(rng.randrange(9)))
     )

@@ -26,7 +26,7 @@ from detr_backbone.errors import AnnotationError
 MAX_BYTES = 8 * 2**30
 """Bytes of the largest annotation file that is read: about three times that of Objects365."""
 
-_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?\bInfinity\b|\bNaN\b)')
+_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 _NUMBERS = r"\[[-+0-9.eE,\s]*\]"
 _POLYGONS = re.compile(rf'("segmentation":\s*\[)\s*{_NUMBERS}(?:\s*,\s*{_NUMBERS})*\s*(?=\])')
 _TARGETS_ONLY = ("box_outside", "box_without_area")  # what is dropped for training, but not from the evaluation
