@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "detr_backbone"
 COMPONENT = {
     "__init__",
     "backbone",
+    "describe",
+    "description",
     "errors",
     "frozen_batch_norm",
     "layer_getter",
