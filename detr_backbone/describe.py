@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from detr_backbone.backbone import BackboneBase, Joiner
 from detr_backbone.description import Description, LayerDescription
+from detr_backbone.errors import ConfigError
 from detr_backbone.layer_getter import unknown_name
 from detr_backbone.nested_tensor import NestedTensor, Size, as_nested_tensor
 
@@ -45,7 +46,8 @@ def describe(
         passes: passes whose time is taken, after one that warms up and reads the values.
 
     Raises:
-        ValueError: a path does not exist, a number is below 1, or `images` is a size for a network without convolution.
+        ConfigError: a path does not exist, a number is below 1, or `images` is a size where no convolution tells the
+            channels.
 
     >>> from torchvision.models import resnet18
     >>> description = describe(resnet18(), (64, 96), layers=["layer1", "layer2.0.bn1"])
@@ -53,7 +55,7 @@ def describe(
     [('layer1', (1, 64, 16, 24), 4, 147968), ('layer2.0.bn1', (1, 128, 8, 12), 8, 256)]
     """
     if passes < 1:
-        raise ValueError(f"`passes` must be at least 1, got {passes}")
+        raise ConfigError(f"`passes` must be at least 1, got {passes}")
     modules = {path: model.get_submodule(path) for path in _paths(model, layers)}
     batch = _batch(model, images)
     values = batch.tensors if isinstance(batch, NestedTensor) else batch
@@ -154,13 +156,13 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:
     if isinstance(layers, int):
         if layers < 1:
-            raise ValueError(f"`layers` must be paths, or a depth of at least 1, got {layers}")
+            raise ConfigError(f"`layers` must be paths, or a depth of at least 1, got {layers}")
         return [*([""] if isinstance(model, BackboneBase) else []), *_to_depth(model, layers, "")]
     known = dict(model.named_modules(remove_duplicate=False))
     for path in layers:
         if path not in known:
             children = [name for name, _ in model.named_children()]
-            raise ValueError(f"`layers` must name layers of the model: {unknown_name(path, children, also=known)}")
+            raise ConfigError(f"`layers` must name layers of the model: {unknown_name(path, children, also=known)}")
     return list(layers)
 
 
@@ -182,7 +184,7 @@ def _batch(model: nn.Module, images: Size | _Images | Sequence[Tensor]) -> _Imag
     network = next((module for module in model.modules() if isinstance(module, BackboneBase)), model)
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
-        raise ValueError(f"`images` must be tensors for a network without a convolution, got the size {images}")
+        raise ConfigError(f"`images` must be tensors for a network without a convolution, got the size {images}")
     height, width = cast(Size, images)
     noise = torch.randn(1, first.in_channels, height, width, generator=torch.Generator().manual_seed(0))
     return noise.to(first.weight)

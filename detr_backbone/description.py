@@ -150,14 +150,14 @@ _LEFT = ("layer", "type", "output", "shape", "dtype", "trains")
 
 def _cells(row: LayerDescription, *, same_call: bool) -> list[str]:
     """The texts of a row of the table; what belongs to the call is said once, at its first tensor."""
-    trains = "" if not row.parameters else {0: "frozen", row.parameters: "yes"}.get(row.trainable, "partly")
+    trains = {0: "frozen", row.parameters: "yes"}.get(row.trainable, "partly")
     return [
         *(["", ""] if same_call else [_label(row), row.type]),
         row.output if row.call else "no output",
         "" if row.shape is None else str(list(row.shape)),
         "" if row.stride is None else str(row.stride),
         row.dtype or "",
-        *(["", ""] if same_call else [f"{row.parameters:,}" if row.parameters else "", trains]),
+        *([f"{row.parameters:,}", trains] if row.parameters and row.call < 2 and not same_call else ["", ""]),
         *("" if number is None else f"{number:.3g}" for number in (row.mean, row.std, row.min, row.max)),
         "" if row.zeros is None else f"{row.zeros:.1%}",
         "" if row.is_finite else f"{row.nan} / {row.inf}",

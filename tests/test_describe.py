@@ -15,6 +15,7 @@ from detr_backbone import BackboneConfig, IntermediateLayerGetter, build_backbon
 from detr_backbone.backbone import BackboneBase
 from detr_backbone.description import LayerDescription
 from detr_backbone.detectors import DETR, Transformer
+from detr_backbone.errors import ConfigError
 
 
 class Tiny(nn.Module):
@@ -246,12 +247,12 @@ def test_a_backbone_alone_is_its_own_first_row() -> None:
     ],
 )
 def test_a_bad_request_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         describe(Tiny(), (4, 4), **options)
 
 
 def test_a_size_is_refused_where_no_convolution_says_the_channels() -> None:
-    with pytest.raises(ValueError, match="must be tensors for a network without a convolution"):
+    with pytest.raises(ConfigError, match="must be tensors for a network without a convolution"):
         describe(nn.Linear(2, 2), (4, 4))
 
 
