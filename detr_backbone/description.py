@@ -82,7 +82,7 @@ class Description:
 
     @property
     def non_finite(self) -> tuple[LayerDescription, ...]:
-        """The rows with NaN or infinite values; the first one says where they begin."""
+        """The rows with NaN or infinite values."""
         return tuple(row for row in self.rows if not row.is_finite)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +119,9 @@ class Description:
         bad = self.non_finite
         if not bad:
             return []
-        return [f"NOT FINITE: NaN or infinity in {len(bad)} of {len(self.rows)} outputs, first in {_label(bad[0])}"]
+        innermost = (row for row in bad if not any(_is_inside(other, row) for other in bad))
+        first = _label(next(innermost))
+        return [f"NOT FINITE: NaN or infinity in {len(bad)} of {len(self.rows)} outputs, first in {first}"]
 
     def _table(self) -> list[str]:
         """A line of names and a line for each row; columns in which no row has anything are left out."""
@@ -168,6 +170,10 @@ def _cells(row: LayerDescription, *, same_call: bool) -> list[str]:
 
 def _label(row: LayerDescription) -> str:
     return (row.path or "(network)") + (f" (call {row.call})" if row.call > 1 else "")
+
+
+def _is_inside(row: LayerDescription, outer: LayerDescription) -> bool:
+    return row.path != outer.path and f"{row.path}.".startswith(f"{outer.path}." if outer.path else "")
 
 
 def _memory(size: int) -> str:

@@ -85,6 +85,16 @@ def test_nan_and_infinity_are_counted_apart_from_the_numbers_and_named_first() -
     assert "2 / 2" in str(description)
 
 
+def test_the_warning_names_the_innermost_layer_of_those_where_it_begins() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 0
+
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), Breaks(), nn.ReLU()), nn.ReLU())
+
+    assert "infinity in 4 of 6 outputs, first in 1.1" in str(describe(model, torch.ones(1), layers=2, passes=1))
+
+
 def test_a_layer_without_a_finite_value_has_no_mean() -> None:
     row = rows_of(nn.Sequential(nn.Identity()), torch.full((1, 1, 2, 2), torch.nan))["0"]
 

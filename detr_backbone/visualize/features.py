@@ -94,7 +94,7 @@ def draw_levels(
         ]
     title = (
         "Masks and positions of a padded batch\n"
-        "image, its valid cells dashed | mask, padding dark | positions along rows, along columns, and their cosine"
+        "image, valid cells dashed | mask, padding dark | positions along rows, along columns, their cosine"
     )
     panels = Panels(captions, columns=5, aspect=width / height, title=title)
     axes = iter(panels.axes)
