@@ -11,6 +11,8 @@ COMPONENT = {
     "__init__",
     "activation_checkpointing",
     "backbone",
+    "describe",
+    "description",
     "errors",
     "exactness",
     "frozen_batch_norm",
