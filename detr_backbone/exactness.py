@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from detr_backbone.input_channels import first_convolution
 from detr_backbone.maps import as_map, layout_of
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
+from detr_backbone.padding import evaluating
 
 Levels = Mapping[str, NestedTensor]
 
@@ -106,20 +107,17 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 @contextmanager
 def _random_state(body: nn.Module, generator: torch.Generator) -> Iterator[None]:
     """In float32 and in eval mode, with random numbers in place of vectors and of what is zero throughout."""
-    modes = {module: module.training for module in body.modules()}
     tensors = [tensor for tensor in [*body.parameters(), *body.buffers()] if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
     try:
-        body.eval()
         for tensor in tensors:
             if tensor.numel() == max(tensor.shape, default=1) or not tensor.any():
                 drawn = torch.rand(tensor.shape, generator=generator) * 0.8 + 0.2  # variances and scales are positive
                 tensor.data = drawn.to(tensor.device)
             else:
                 tensor.data = tensor.data.float()
-        yield
+        with evaluating(body):
+            yield
     finally:
         for tensor, data in zip(tensors, kept, strict=True):
             tensor.data = data
-        for module, mode in modes.items():
-            module.training = mode

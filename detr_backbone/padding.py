@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
@@ -31,7 +31,7 @@ Padding: TypeAlias = Literal["exact", "zeros"]
 # A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _CELL_BY_CELL = (
-    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ChannelShuffle),
+    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
 )
@@ -146,7 +146,7 @@ def on_meta(network: nn.Module, size: Size) -> Any:
     meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             return torch.func.functional_call(network, meta, (image,))
     except Exception as error:  # whatever a network raises at an image that it was not made for
         raise ConfigError(
@@ -188,13 +188,12 @@ def refuse_leaky_layers(body: nn.Module) -> None:
         ConfigError: such as for a normalisation over the whole map; the message names the layer.
     """
     for path, module in body.named_modules():
-        own = isinstance(module, _BatchNorm) or type(module).__module__.startswith("torch.nn.")
+        statistics = isinstance(module, _NormBase | nn.GroupNorm)
+        leaf = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
-        if own and not known and not any(True for _ in module.children()):
-            raise ConfigError(
-                f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) is not known to keep "
-                "padding out of the image"
-            )
+        if statistics or (leaf and not known):
+            why = "takes its statistics from padded cells too" if statistics else "is not known to keep padding out"
+            raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) {why}")
 
 
 class ExactPadding:
@@ -267,4 +266,17 @@ def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
     """Whether the window finds zeros, or nothing at all, beyond the border, as it does in zeroed padding."""
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
-    return not window.ceil_mode and (isinstance(window, nn.MaxPool2d) or window.count_include_pad)
+    return isinstance(window, nn.MaxPool2d) or window.count_include_pad or window.padding in (0, (0, 0))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within this context, a network is in eval mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        network.train(modes[network])  # a layer getter passes it on to the network that it runs, which is no child
+        for module, training in modes.items():
+            module.training = training
