@@ -88,7 +88,7 @@ class BackboneBase(nn.Module):
                 "train nothing, give none"
             )
         if padding == "exact":
-            refuse_leaky_layers(self.body)
+            refuse_leaky_layers(self.body, all_run=self.body.strategy != "hooks")
         measured = measure(self.body, prefix_tokens=prefix_tokens)
         self.strides = tuple(measured.strides.values())
         self.channels = tuple(measured.channels.values())

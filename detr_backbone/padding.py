@@ -29,9 +29,10 @@ Padding: TypeAlias = Literal["exact", "zeros"]
 
 # Layers whose output at a cell depends on nothing but that cell, once their window (if any) finds zeros in the padding.
 # A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
+# Whether a layer that depends on the order of axes is used that way (LayerNorm, Linear, Upsample), `find_leak` tries.
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _CELL_BY_CELL = (
-    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d),
+    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d, nn.Upsample),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
 )
@@ -181,8 +182,12 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=images.sizes)
 
 
-def refuse_leaky_layers(body: nn.Module) -> None:
+def refuse_leaky_layers(body: nn.Module, *, all_run: bool) -> None:
     """Refuse a network with a layer of torch's that is not known to keep padding out of the image.
+
+    Args:
+        body: the network.
+        all_run: whether it holds no layer that its outputs do not need; otherwise only norms are looked at.
 
     Raises:
         ConfigError: such as for a normalisation over the whole map; the message names the layer.
@@ -191,7 +196,7 @@ def refuse_leaky_layers(body: nn.Module) -> None:
         statistics = isinstance(module, _NormBase | nn.GroupNorm)
         leaf = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
-        if statistics or (leaf and not known):
+        if statistics or (all_run and leaf and not known):
             why = "takes its statistics from padded cells too" if statistics else "is not known to keep padding out"
             raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) {why}")
 
