@@ -50,6 +50,8 @@ class BackboneBase(nn.Module):
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
+        size_divisor: a batch is padded to sides that it divides before it runs through the network; 1 for a ResNet, the
+            coarsest stride for a network that would round sizes down, or whose windows follow the size of the image.
 
     Raises:
         ConfigError: a layer does not exist, an entry of `train_layers` has no parameters, nothing that is left trains,

@@ -34,13 +34,12 @@ def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str
         body: the network that `forward` runs; its state is as before when the trial is over.
     """
     _, convolution = first_convolution(body)
-    device = convolution.weight.device
-    if device.type == "meta":  # nothing is computed there; the layers themselves have been looked at
+    if convolution.weight.is_meta:  # nothing can be computed; the layers themselves have been looked at
         return None
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(convolution.in_channels, *size, generator=generator).to(device) for size in _SIZES]
+    images = [torch.randn(convolution.in_channels, *size, generator=generator, device="cpu") for size in _SIZES]
     alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
-    with _random_state(body, generator), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
         if _equal(forward(alone), forward(together)):
             return None
         return _first_difference(forward, body, alone, together)
@@ -106,16 +105,16 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 
 @contextmanager
 def _random_state(body: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """In float32 and in eval mode, with random numbers in place of vectors and of what is zero throughout."""
+    """On the CPU, in float32, in eval mode, with random numbers in place of vectors and of what is zero throughout."""
     tensors = [tensor for tensor in [*body.parameters(), *body.buffers()] if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
             if tensor.numel() == max(tensor.shape, default=1) or not tensor.any():
-                drawn = torch.rand(tensor.shape, generator=generator) * 0.8 + 0.2  # variances and scales are positive
-                tensor.data = drawn.to(tensor.device)
+                drawn = torch.rand(tensor.shape, generator=generator, device="cpu")
+                tensor.data = drawn * 0.8 + 0.2  # as variances and scales are: positive, around one half
             else:
-                tensor.data = tensor.data.float()
+                tensor.data = tensor.data.to("cpu", torch.float32)
         with evaluating(body):
             yield
     finally:
