@@ -103,10 +103,7 @@ class BackboneBase(nn.Module):
         if padding == "exact" and find_leak(self.forward, self.body):
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             if leak := find_leak(self.forward, self.body):
-                raise ConfigError(
-                    "`padding` must be 'zeros' for this network, got 'exact': padding gets into the image, first seen "
-                    f"in the output of {leak}"
-                )
+                raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
 
     def prepared(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
         """What `forward` takes, as the batch that runs through the network: with sides that `size_divisor` divides."""

@@ -27,7 +27,7 @@ _TOLERANCE = 1e-4
 
 
 def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str | None:
-    """Where in a network padding gets into an image, for an error; None if it does not.
+    """Why a network is not exact, for an error: the layer where padding shows, or what it fails at; None if it is.
 
     Args:
         forward: a batch -> its levels, as the backbone computes them.
@@ -40,9 +40,13 @@ def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str
     images = [torch.randn(convolution.in_channels, *size, generator=generator, device="cpu") for size in _SIZES]
     alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
     with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        if _equal(forward(alone), forward(together)):
-            return None
-        return _first_difference(forward, body, alone, together)
+        try:
+            if _equal(forward(alone), forward(together)):
+                return None
+            where = _first_difference(forward, body, alone, together)
+        except Exception as error:  # such as for a convolution over something else than a map of the batch
+            return f"it fails for images of {_SIZES[0]} and {_SIZES[1]} pixels: {error}"
+    return f"padding gets into the image, first seen in the output of {where}"
 
 
 def _equal(alone: Levels, together: Levels) -> bool:

@@ -4,6 +4,7 @@ The marker `sweep` selects the test of all families, whose table stands in docs/
 printed by `python -m tests.test_networks`.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ def seen(name: str) -> Seen:
             reason = str(error).partition("got 'exact': ")[2]
             if not reason:
                 raise
-            exact = f"no: `{reason.partition(' (')[0].rpartition(' ')[2]}`"
+            where = re.search(r"^it fails|(\S+) \(", reason)
+            exact = f"no: `{where[1]}`" if where and where[1] else "no: it fails in a batch of two sizes"
             backbone = Backbone(name, padding="zeros", **options)
     except ConfigError as error:
         return Seen(name, refused=f"refused: {str(error).splitlines()[0]}")
