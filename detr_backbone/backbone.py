@@ -56,6 +56,8 @@ class BackboneBase(nn.Module):
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
+        size_divisor: a batch is padded to sides that it divides before it runs through the network; 1 for a ResNet, the
+            coarsest stride for a network that would round sizes down, or whose windows follow the size of the image.
 
     Raises:
         ConfigError: a layer does not exist, an entry of `train_layers` has no parameters, nothing that is left trains,
@@ -93,7 +95,7 @@ class BackboneBase(nn.Module):
                 "train nothing, give none"
             )
         if padding == "exact":
-            refuse_leaky_layers(self.body)
+            refuse_leaky_layers(self.body, all_run=self.body.strategy != "hooks")
         measured = measure(self.body, prefix_tokens=prefix_tokens)
         self.strides = tuple(measured.strides.values())
         self.channels = tuple(measured.channels.values())
@@ -108,10 +110,7 @@ class BackboneBase(nn.Module):
         if padding == "exact" and find_leak(self.forward, self.body):
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             if leak := find_leak(self.forward, self.body):
-                raise ConfigError(
-                    "`padding` must be 'zeros' for this network, got 'exact': padding gets into the image, first seen "
-                    f"in the output of {leak}"
-                )
+                raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
         fold_frozen_batch_norm(self.body, except_for=[backbone.get_submodule(path) for path in ordered])
         checkpoint_layers(self.body, checkpointed_layers, self._exact_padding)
 

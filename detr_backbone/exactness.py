@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detr_backbone.input_channels import first_convolution
 from detr_backbone.maps import as_map, layout_of
+from detr_backbone.meta import evaluating
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
 
 Levels = Mapping[str, NestedTensor]
@@ -26,23 +27,26 @@ _TOLERANCE = 1e-4
 
 
 def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str | None:
-    """Where in a network padding gets into an image, for an error; None if it does not.
+    """Why a network is not exact, for an error: the layer where padding shows, or what it fails at; None if it is.
 
     Args:
         forward: a batch -> its levels, as the backbone computes them.
         body: the network that `forward` runs; its state is as before when the trial is over.
     """
     _, convolution = first_convolution(body)
-    device = convolution.weight.device
-    if device.type == "meta":  # nothing is computed there; the layers themselves have been looked at
+    if convolution.weight.is_meta:  # nothing can be computed; the layers themselves have been looked at
         return None
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(convolution.in_channels, *size, generator=generator).to(device) for size in _SIZES]
+    images = [torch.randn(convolution.in_channels, *size, generator=generator, device="cpu") for size in _SIZES]
     alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
-    with _random_state(body, generator), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if _equal(forward(alone), forward(together)):
-            return None
-        return _first_difference(forward, body, alone, together)
+    with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            if _equal(forward(alone), forward(together)):
+                return None
+            where = _first_difference(forward, body, alone, together)
+        except Exception as error:  # such as for a convolution over something else than a map of the batch
+            return f"it fails for images of {_SIZES[0]} and {_SIZES[1]} pixels: {error}"
+    return f"padding gets into the image, first seen in the output of {where}"
 
 
 def _equal(alone: Levels, together: Levels) -> bool:
@@ -65,7 +69,7 @@ def _first_difference(
     modules = dict(body.named_modules())
     expected, got = (_outputs(forward, body, batch, alone.sizes[0]) for batch in (alone, together))
     for path, output in expected.items():
-        if path not in got or output.shape != got[path].shape or not _same(output, got[path]):
+        if path in got and output.shape == got[path].shape and not _same(output, got[path]):
             return f"{path} ({type(modules[path]).__name__})"
     return "the code between its layers"
 
@@ -81,7 +85,7 @@ def _outputs(
         padded.append((inputs[0].shape[-2], inputs[0].shape[-1]))
 
     def keep(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and path not in outputs:
+        if isinstance(output, Tensor) and output.ndim in (3, 4) and path not in outputs:
             outputs[path] = _cells_of(output[:1], size, padded[0]).clone()
 
     handles = [body.register_forward_pre_hook(note)]
@@ -105,21 +109,18 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 
 @contextmanager
 def _random_state(body: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """In float32 and in eval mode, with random numbers in place of vectors and of what is zero throughout."""
-    modes = {module: module.training for module in body.modules()}
+    """On the CPU, in float32, in eval mode, with random numbers in place of vectors and of what is zero throughout."""
     tensors = [tensor for tensor in [*body.parameters(), *body.buffers()] if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
     try:
-        body.eval()
         for tensor in tensors:
             if tensor.numel() == max(tensor.shape, default=1) or not tensor.any():
-                drawn = torch.rand(tensor.shape, generator=generator) * 0.8 + 0.2  # variances and scales are positive
-                tensor.data = drawn.to(tensor.device)
+                drawn = torch.rand(tensor.shape, generator=generator, device="cpu")
+                tensor.data = drawn * 0.8 + 0.2  # as variances and scales are: positive, around one half
             else:
-                tensor.data = tensor.data.float()
-        yield
+                tensor.data = tensor.data.to("cpu", torch.float32)
+        with evaluating(body):
+            yield
     finally:
         for tensor, data in zip(tensors, kept, strict=True):
             tensor.data = data
-        for module, mode in modes.items():
-            module.training = mode

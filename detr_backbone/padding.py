@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
@@ -29,9 +29,10 @@ Padding: TypeAlias = Literal["exact", "zeros"]
 
 # Layers whose output at a cell depends on nothing but that cell, once their window (if any) finds zeros in the padding.
 # A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
+# Whether a layer that depends on the order of axes is used that way (LayerNorm, Linear, Upsample), `find_leak` tries.
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _CELL_BY_CELL = (
-    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ChannelShuffle),
+    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d, nn.Upsample),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
 )
@@ -165,20 +166,23 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
 
 
-def refuse_leaky_layers(body: nn.Module) -> None:
+def refuse_leaky_layers(body: nn.Module, *, all_run: bool) -> None:
     """Refuse a network with a layer of torch's that is not known to keep padding out of the image.
+
+    Args:
+        body: the network.
+        all_run: whether it holds no layer that its outputs do not need; otherwise only norms are looked at.
 
     Raises:
         ConfigError: such as for a normalisation over the whole map; the message names the layer.
     """
     for path, module in body.named_modules():
-        own = isinstance(module, _BatchNorm) or type(module).__module__.startswith("torch.nn.")
+        statistics = isinstance(module, _NormBase | nn.GroupNorm)
+        leaf = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
-        if own and not known and not any(True for _ in module.children()):
-            raise ConfigError(
-                f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) is not known to keep "
-                "padding out of the image"
-            )
+        if statistics or (all_run and leaf and not known):
+            why = "takes its statistics from padded cells too" if statistics else "is not known to keep padding out"
+            raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) {why}")
 
 
 class ExactPadding:
@@ -261,4 +265,4 @@ def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
     """Whether the window finds zeros, or nothing at all, beyond the border, as it does in zeroed padding."""
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
-    return not window.ceil_mode and (isinstance(window, nn.MaxPool2d) or window.count_include_pad)
+    return isinstance(window, nn.MaxPool2d) or window.count_include_pad or window.padding in (0, (0, 0))
