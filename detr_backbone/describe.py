@@ -161,8 +161,9 @@ def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:
     known = dict(model.named_modules(remove_duplicate=False))
     for path in layers:
         if path not in known:
-            children = [name for name, _ in model.named_children()]
-            raise ConfigError(f"`layers` must name layers of the model: {unknown_name(path, children, also=known)}")
+            what = unknown_name(path, [name for name, _ in model.named_children()], also=known)
+            inner = next((f"; there is {name!r}" for name in known if name.endswith(f".{path}")), "")
+            raise ConfigError(f"`layers` must name layers of the model: {what}{inner}")
     return list(layers)
 
 

@@ -155,7 +155,7 @@ def test_an_untrained_detr_can_be_looked_at_layer_by_layer(command: Command, fol
         (("evaluate.py",), "give --checkpoint or --config"),
         (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
         (("train.py", "--config", "missing.yaml"), "missing.yaml"),
-        (("inspect_backbone.py", "--config", "detr.yaml", "--layers", "layr4"), "did you mean"),
+        (("inspect_backbone.py", "--config", "tiny.yaml", "--layers", "layer4"), "there is 'backbone.0.body.layer4'"),
     ],
 )
 def test_a_command_that_cannot_run_says_why(command: Command, words: tuple[str, ...], message: str) -> None:
