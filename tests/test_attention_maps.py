@@ -74,7 +74,9 @@ def test_the_points_are_those_that_are_sampled(monkeypatch: pytest.MonkeyPatch) 
     model = detector("deformable_detr")
     seen = []
 
-    def sample(value: Any, shapes: Any, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def sample(
+        value: Any, shapes: Any, locations: torch.Tensor, weights: torch.Tensor, *, sampling: str
+    ) -> torch.Tensor:
         seen.append((locations, weights))
         return value[:, : locations.shape[1]].flatten(2)
 
