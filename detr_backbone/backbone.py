@@ -1,19 +1,23 @@
 """The backbone of a detector: a frozen-BN ResNet, its feature levels with their masks, and their position encodings."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
+from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
 from detr_backbone.exactness import find_leak, is_plain_resnet
-from detr_backbone.layer_getter import IntermediateLayerGetter, unknown_name
+from detr_backbone.folding import fold_frozen_batch_norm
+from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.maps import as_map, size_of
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
-from detr_backbone.networks import after_first_stage, build_network, default_levels
+from detr_backbone.networks import after_first_stage, build_network, chosen_levels, train_only
 from detr_backbone.norms import Norm, set_norm
 from detr_backbone.padding import (
     ExactPadding,
@@ -29,7 +33,6 @@ from detr_backbone.weights import WeightsReport, load_weights
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 TRAINED_STAGES = ("layer2", "layer3", "layer4")
 """What DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
 
@@ -39,14 +42,17 @@ class BackboneBase(nn.Module):
 
     Args:
         backbone: the network, with FrozenBatchNorm2d where it normalises.
-        return_interm_layers: return all four stages of a ResNet instead of the last.
+        return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
         return_layers: the general form: any layers by path, in any order; contradicts `return_interm_layers`.
         train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
         padding: "exact" makes an image's features independent of who shares its batch, and refuses a network for which
             it cannot; "zeros" reproduces the original code (facebookresearch/detr), where padding leaks into the image.
+        channels_last: compute with the channels of a cell side by side in memory, which convolutions are faster with.
+        checkpointed_layers: paths of layers whose inner activations are computed again in the backward pass.
 
     Attributes:
-        body: the IntermediateLayerGetter; state-dict keys are `body.*`.
+        body: the IntermediateLayerGetter; state-dict keys are `body.*`. Its frozen BatchNorms are folded into the
+            convolutions before them, whose outputs are then the norms'; see `folding`.
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
@@ -66,17 +72,16 @@ class BackboneBase(nn.Module):
         return_layers: Sequence[str] | None = None,
         train_layers: Sequence[str] = TRAINED_STAGES,
         padding: Padding = "exact",
+        channels_last: bool = True,
+        checkpointed_layers: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if return_layers is not None and return_interm_layers:
-            raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
-        if return_layers is None:
-            return_layers = STAGES if return_interm_layers else STAGES[-1:]
+        return_layers = chosen_levels(backbone, return_layers, return_interm_layers=return_interm_layers)
         if padding not in ("exact", "zeros"):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
         if len(set(return_layers)) < len(return_layers):
             raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
-        _train_only(backbone, train_layers)
+        train_only(backbone, train_layers)
         prefix_tokens = int(getattr(backbone, "num_prefix_tokens", 0))
         tried = padding == "exact" and not is_plain_resnet(backbone)
         depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
@@ -101,10 +106,14 @@ class BackboneBase(nn.Module):
         self.size_divisor = 1 if measured.rounds_up else measured.coarsest
         self._layouts = tuple(measured.layouts.values())
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
+        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.body.to(memory_format=self._memory_format)
         if tried and find_leak(self.forward, self.body):
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             if leak := find_leak(self.forward, self.body):
                 raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
+        fold_frozen_batch_norm(self.body, except_for=[backbone.get_submodule(path) for path in ordered])
+        checkpoint_layers(self.body, checkpointed_layers, self._exact_padding)
 
     def prepared(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
         """What `forward` takes, as the batch that runs through the network: with sides that `size_divisor` divides."""
@@ -118,11 +127,8 @@ class BackboneBase(nn.Module):
         """
         images = as_nested_tensor(images)
         batch = self.prepared(images)
-        if self._exact_padding is None or not batch.is_padded:
-            outputs = self.body(batch.tensors)
-        else:
-            with self._exact_padding.around(batch):
-                outputs = self.body(batch.tensors)
+        with nullcontext() if self._exact_padding is None else self._exact_padding.around(batch):
+            outputs = self.body(batch.tensors.to(memory_format=self._memory_format))
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
             cells = as_map(output, layout, size_of(batch.tensors))
@@ -144,7 +150,7 @@ class Backbone(BackboneBase):
         return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
         return_layers: see BackboneBase; None for the last layer, or all that `return_interm_layers` says.
         train_layers: see BackboneBase; None for all but the stem and the first stage.
-        padding: see BackboneBase.
+        padding, channels_last, checkpointed_layers: see BackboneBase.
 
     Attributes:
         weights: the report of what was loaded; None if nothing was.
@@ -168,12 +174,11 @@ class Backbone(BackboneBase):
         return_layers: Sequence[str] | None = None,
         train_layers: Sequence[str] | None = None,
         padding: Padding = "exact",
+        channels_last: bool = True,
+        checkpointed_layers: Sequence[str] = (),
     ) -> None:
-        if return_layers is not None and return_interm_layers:
-            raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
         network = build_network(name, dilation=dilation, in_channels=in_channels)
-        if return_layers is None:
-            return_layers = default_levels(network)[0 if return_interm_layers else -1 :]
+        return_layers = chosen_levels(network, return_layers, return_interm_layers=return_interm_layers)
         if train_layers is None and isinstance(network, ResNet):
             train_layers = TRAINED_STAGES
         trained = after_first_stage(network, return_layers) if train_layers is None else train_layers
@@ -185,7 +190,14 @@ class Backbone(BackboneBase):
         set_norm(network, norm, train_layers=trained)
         if train_layers is None:  # frozen norms have nothing to train
             train_layers = [path for path in trained if any(True for _ in network.get_submodule(path).parameters())]
-        super().__init__(network, return_layers=return_layers, train_layers=train_layers, padding=padding)
+        super().__init__(
+            network,
+            return_layers=return_layers,
+            train_layers=train_layers,
+            padding=padding,
+            channels_last=channels_last,
+            checkpointed_layers=checkpointed_layers,
+        )
         self.weights = None
         if weights is not None:
             self.weights = load_weights(self.body, weights, name=name)
@@ -242,6 +254,9 @@ class BackboneConfig:
             groups, for training without pretrained weights. The last three need `padding: zeros`.
         dilation: DC5, layer4 at the resolution of layer3; only for ResNets of Bottleneck blocks.
         padding: exact, or zeros as in the original code, where an image's features depend on its batch.
+        channels_last: the memory format of convolutions, faster on most devices than the other.
+        checkpointed_layers: layers whose inner activations are computed again in the backward pass instead of kept:
+            less memory, more time.
         position_encoding: how positions are encoded.
         hidden_dim: channels of the position encodings, and of the detector that reads them.
     """
@@ -254,6 +269,8 @@ class BackboneConfig:
     norm: Norm = "frozen"
     dilation: bool = False
     padding: Padding = "exact"
+    channels_last: bool = True
+    checkpointed_layers: tuple[str, ...] = ()
     position_encoding: PositionEncodingConfig = field(default_factory=PositionEncodingConfig)
     hidden_dim: int = 256
 
@@ -275,16 +292,7 @@ def build_backbone(config: BackboneConfig) -> Joiner:
         return_layers=config.return_layers,
         train_layers=config.train_layers,
         padding=config.padding,
+        channels_last=config.channels_last,
+        checkpointed_layers=config.checkpointed_layers,
     )
     return Joiner(backbone, position_encoding)
-
-
-def _train_only(network: nn.Module, train_layers: Iterable[str]) -> None:
-    network.requires_grad_(requires_grad=False)
-    for path in train_layers:
-        parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{path}.")]
-        if not parameters:
-            known = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
-            raise ConfigError(f"`train_layers` must name layers with parameters: {unknown_name(path, known)}")
-        for parameter in parameters:
-            parameter.requires_grad_()

@@ -17,8 +17,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.input_channels import first_convolution
 from detr_backbone.maps import as_map, layout_of
+from detr_backbone.meta import evaluating
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
-from detr_backbone.padding import evaluating
 
 Levels = Mapping[str, NestedTensor]
 

@@ -30,6 +30,9 @@ class FrozenBatchNorm2d(nn.Module):
         num_features: channels C of the input [B, C, H, W].
         eps: added to the variance, in float32.
 
+    Attributes:
+        folded: the convolution before does this layer's work, which then passes its input on; see `folding`.
+
     >>> FrozenBatchNorm2d(8)(torch.zeros(2, 8, 4, 4, dtype=torch.bfloat16)).dtype
     torch.bfloat16
     """
@@ -42,16 +45,25 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.folded = False
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.folded:
+            return self.then(x)
         # batch_norm reads parameters of its input's dtype or of float32, and folds them in float32 in both cases.
         return self.then(
             F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
         )
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What a channel is multiplied by, and what is added then: two tensors [C], in float32 at least."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
     def then(self, x: Tensor) -> Tensor:
         """What a subclass does with the normalised values: nothing here."""
@@ -88,6 +100,7 @@ def calibrate_frozen_batch_norm(
     layers = {path: module for path, module in base.body.named_modules() if isinstance(module, FrozenBatchNorm2d)}
     if not layers:
         raise ValueError("`backbone` must hold a FrozenBatchNorm2d to calibrate, got none")
+    folded = [layer for layer in layers.values() if layer.folded]
     sums = {path: torch.zeros(2, len(layer.weight), device=layer.weight.device) for path, layer in layers.items()}
     images = count = 0
     for batch in batches:
@@ -99,8 +112,12 @@ def calibrate_frozen_batch_norm(
             for path, layer in layers.items()
         ]
         try:
+            for layer in folded:
+                layer.folded = False
             base(nested)
         finally:
+            for layer in folded:
+                layer.folded = True
             for hook in hooks:
                 hook.remove()
     if not count:

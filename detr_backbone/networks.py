@@ -4,7 +4,7 @@ Nothing about a network is typed into a table: layers, strides and channels are 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -18,7 +18,7 @@ from detr_backbone.errors import ConfigError
 from detr_backbone.input_channels import adapt_input
 from detr_backbone.layer_getter import unknown_name
 from detr_backbone.maps import Layout, layout_of
-from detr_backbone.padding import PROBE, on_meta
+from detr_backbone.meta import PROBE, on_meta
 
 TIMM = "timm/"
 """Prefix of the names of timm's models."""
@@ -104,6 +104,21 @@ def default_levels(network: nn.Module) -> list[str]:
             f"{describe_stages(found)}"
         )
     return [stage.path for stage in found if stage.stride >= 4]
+
+
+def chosen_levels(
+    network: nn.Module, return_layers: Sequence[str] | None, *, return_interm_layers: bool
+) -> Sequence[str]:
+    """The layers to return: those that are named; otherwise all default levels, or the last of them.
+
+    Raises:
+        ConfigError: layers are named, and all of them asked for too; or there are no default levels.
+    """
+    if return_layers is None:
+        return default_levels(network)[0 if return_interm_layers else -1 :]
+    if return_interm_layers:
+        raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
+    return return_layers
 
 
 def after_first_stage(network: nn.Module, return_layers: Sequence[str]) -> list[str]:
@@ -206,3 +221,19 @@ def _whole_layers(network: nn.Module, around: str, calls: dict[str, _Call]) -> I
 def describe_stages(found: Sequence[Stage]) -> str:
     """Stages as an error shows them: `layer1 (stride 4), layer2 (stride 8)`, or `none`."""
     return ", ".join(f"{stage.path} (stride {stage.stride})" for stage in found) or "none"
+
+
+def train_only(network: nn.Module, train_layers: Iterable[str]) -> None:
+    """Let the parameters of these layers train, by path, and freeze all others.
+
+    Raises:
+        ConfigError: a layer does not exist or has no parameters.
+    """
+    network.requires_grad_(requires_grad=False)
+    for path in train_layers:
+        parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{path}.")]
+        if not parameters:
+            known = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
+            raise ConfigError(f"`train_layers` must name layers with parameters: {unknown_name(path, known)}")
+        for parameter in parameters:
+            parameter.requires_grad_()

@@ -6,8 +6,8 @@ again before each such window, which is what the window finds beyond the border 
 cells of a level follow by ceiling division, as they do for the image alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.input_channels import first_convolution
 from detr_backbone.maps import Layout, as_map, layout_of
+from detr_backbone.meta import PROBE, on_meta
 from detr_backbone.nested_tensor import NestedTensor, Size
 from detr_backbone.threads import current_thread
 
@@ -36,8 +36,6 @@ _CELL_BY_CELL = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
 )
-PROBE: Size = (256, 320)
-"""(h, w) of the measuring image: every stride that divides both is measured exactly."""
 
 
 def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
@@ -65,9 +63,12 @@ def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding
     if padding == "zeros":
         mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
         return NestedTensor(tensors, mask)
-    level = NestedTensor(tensors, images.mask[:, ::stride, ::stride], sizes=valid_sizes(images.sizes, stride))
+    mask = images.mask[:, ::stride, ::stride]
+    # A compiled graph must not be specialised on the sizes.
+    sizes = None if torch.compiler.is_compiling() else valid_sizes(images.sizes, stride)
+    level = NestedTensor(tensors, mask, sizes=sizes)
     if level.is_padded:
-        level.tensors = _zero_padded_cells(level.tensors, level.mask, level.sizes)
+        level.tensors = _zero_padded_cells(tensors, mask, sizes, in_place=not torch.is_grad_enabled())
     return level
 
 
@@ -120,7 +121,7 @@ def measure(body: nn.Module, *, prefix_tokens: int = 0) -> Measured:
         module.register_forward_pre_hook(partial(remember, path)) for path, module in body.named_modules() if path
     ]
     try:
-        outputs = on_meta(body, PROBE)
+        outputs = on_meta(body)
     finally:
         for handle in handles:
             handle.remove()
@@ -135,24 +136,6 @@ def measure(body: nn.Module, *, prefix_tokens: int = 0) -> Measured:
             )
         layouts[name] = layout
     return Measured(layouts=layouts, input_strides=input_strides, rounds_up=_rounds_up(body, layouts))
-
-
-def on_meta(network: nn.Module, size: Size) -> Any:
-    """What a network gives for an image of this size, as shapes without numbers.
-
-    Raises:
-        ConfigError: the network has no convolution, or does not take such an image.
-    """
-    _, first = first_convolution(network)
-    meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
-    image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
-    try:
-        with torch.no_grad(), evaluating(network):
-            return torch.func.functional_call(network, meta, (image,))
-    except Exception as error:  # whatever a network raises at an image that it was not made for
-        raise ConfigError(
-            f"the network must take images of any size, got for {size[0]} x {size[1]} pixels: {error}"
-        ) from error
 
 
 def _rounds_up(body: nn.Module, layouts: Mapping[str, Layout]) -> bool:
@@ -179,7 +162,8 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     missing = (0, -width % divisor, 0, -height % divisor)
     if not any(missing):
         return images
-    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=images.sizes)
+    sizes = None if torch.compiler.is_compiling() else images.sizes  # see `feature_level`
+    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
 
 
 def refuse_leaky_layers(body: nn.Module, *, all_run: bool) -> None:
@@ -205,8 +189,7 @@ class ExactPadding:
     """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
 
     torch's own layers are known or refused here. The code of others, and between layers, is not seen: `find_leak` runs
-    it. A part of the network that is computed a second time outside `around`, as activation checkpointing does, is not
-    exact then.
+    it. A part of the network that is computed a second time is exact within `again`; see `checkpoint_layers`.
 
     Args:
         body: the network; its convolutions and pools get a hook that does nothing outside `around`.
@@ -215,24 +198,42 @@ class ExactPadding:
 
     def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
         # Keyed by thread: a server may run one network in several threads at once.
-        self._levels: dict[int, _Levels] = {}
+        self._levels: dict[int, _Levels | None] = {}
         for path, module in body.named_modules():
             if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)) and path in input_strides:
                 module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
 
-    @contextmanager
-    def around(self, images: NestedTensor) -> Iterator[None]:
+    def around(self, images: NestedTensor) -> AbstractContextManager[None]:
         """Within this context, a pass of the network over `images.tensors` is exact."""
-        thread = current_thread()
-        self._levels[thread] = _Levels(images)
-        try:
-            yield
-        finally:
-            del self._levels[thread]
+        return _Within(self._levels, _Levels(images) if images.is_padded else None)
 
-    def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    def again(self) -> AbstractContextManager[None]:
+        """The context that this thread is in now, for a part of the pass that is computed a second time, anywhere."""
+        return _Within(self._levels, self._levels.get(current_thread()))
+
+    def _before_window(self, stride: int, window: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
-        return None if levels is None else (levels.zero_padded_cells(inputs[0], stride),)
+        if levels is None:
+            return None
+        (features,) = inputs
+        # The image may be the caller's own memory, and what takes part in a backward pass must stay as it is.
+        learns = features.requires_grad or any(parameter.requires_grad for parameter in window.parameters())
+        in_place = stride > 1 and not (learns and torch.is_grad_enabled())
+        return (levels.zero_padded_cells(features, stride, in_place=in_place),)
+
+
+class _Within:
+    """A context in which a thread has these levels; it can be entered again and again."""
+
+    def __init__(self, running: "dict[int, _Levels | None]", levels: "_Levels | None") -> None:
+        self._running = running
+        self._levels = levels
+
+    def __enter__(self) -> None:
+        self._running[current_thread()] = self._levels
+
+    def __exit__(self, *_: object) -> None:
+        del self._running[current_thread()]
 
 
 class _Levels:
@@ -240,28 +241,21 @@ class _Levels:
 
     def __init__(self, images: NestedTensor) -> None:
         self._images = images
-        self._made: dict[int, tuple[Tensor, tuple[Size, ...]]] = {}
+        self._made: dict[int, tuple[Tensor, tuple[Size, ...] | None]] = {}
 
-    def zero_padded_cells(self, features: Tensor, stride: int) -> Tensor:
+    def zero_padded_cells(self, features: Tensor, stride: int, *, in_place: bool) -> Tensor:
         if stride not in self._made:
-            self._made[stride] = (
-                self._images.mask[:, ::stride, ::stride],
-                valid_sizes(self._images.sizes, stride),
-            )
-        mask, sizes = self._made[stride]
-        if stride == 1:  # this may be the caller's own memory, which is never written to
-            return features.masked_fill(mask[:, None], 0)
-        return _zero_padded_cells(features, mask, sizes)
+            sizes = None if torch.compiler.is_compiling() else valid_sizes(self._images.sizes, stride)
+            self._made[stride] = (self._images.mask[:, ::stride, ::stride], sizes)
+        return _zero_padded_cells(features, *self._made[stride], in_place=in_place)
 
 
-def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size]) -> Tensor:
-    # Without autograd nobody can ask for the old values, and writing only the padded cells costs next to nothing. A
-    # compiled graph must not be specialised on the sizes, so it takes the mask.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | None, *, in_place: bool) -> Tensor:
+    if not in_place or sizes is None:
         return features.masked_fill(mask[:, None], 0)
     if features.device.type != "cpu":  # one kernel for the batch
         return features.masked_fill_(mask[:, None], 0)
-    for image, (h, w) in zip(features, sizes, strict=True):
+    for image, (h, w) in zip(features, sizes, strict=True):  # writing only the padded cells costs next to nothing
         image[:, h:].zero_()
         image[:, :h, w:].zero_()
     return features
@@ -272,16 +266,3 @@ def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
     return isinstance(window, nn.MaxPool2d) or window.count_include_pad or window.padding in (0, (0, 0))
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Within this context, a network is in eval mode; afterwards every module is in its own again."""
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
-        yield
-    finally:
-        network.train(modes[network])  # a layer getter passes it on to the network that it runs, which is no child
-        for module, training in modes.items():
-            module.training = training

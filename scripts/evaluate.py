@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from detr_backbone.coco.selection import SubsetConfig
+from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import (
@@ -20,6 +22,8 @@ from detr_backbone.training import (
     plain_errors,
 )
 
+AS_CONFIGURED = SubsetConfig()
+
 
 def main(
     *,
@@ -27,6 +31,7 @@ def main(
     config: str | None = None,
     images: str | None = None,
     annotations: str | None = None,
+    subset: SubsetConfig = AS_CONFIGURED,
     output: str | None = None,
 ) -> None:
     """Evaluate a detector on a dataset in COCO format.
@@ -36,6 +41,7 @@ def main(
         config: without a checkpoint, the configuration of a detector that is evaluated untrained.
         images: the folder of the pictures; the validation split of the configuration if left out.
         annotations: the COCO file of the pictures.
+        subset: which of the images; if left out, what the configuration says, or all of --images.
         output: a folder for the numbers (results.json) and all detections (detections.json).
     """
     if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
@@ -47,6 +53,8 @@ def main(
         settings = parse_config(["--config", str(config)])
     accelerator = build_accelerator(settings.mixed_precision)
     split = settings.data.val if images is None else SplitConfig(images=images, annotations=str(annotations))
+    if subset != AS_CONFIGURED:
+        split = replace(split, subset=subset)
     dataset = open_split(settings.data, split, train=False)
     if checkpoint is None:
         print("no checkpoint: this detector is untrained")
@@ -64,7 +72,13 @@ def main(
         if output is not None:
             folder = Path(output)
             folder.mkdir(parents=True, exist_ok=True)
-            numbers = {"stats": dict(result.stats), "per_class": dict(result.per_class), "images": result.num_images}
+            numbers = {
+                "stats": dict(result.stats),
+                "per_class": dict(result.per_class),
+                "images": result.num_images,
+                "subset": result.part,
+                "image_ids_sha256": image_ids_sha256(evaluator.image_ids),
+            }
             (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
             (folder / "detections.json").write_text(json.dumps(evaluator.detections), encoding="utf-8")
     accelerator.free_memory()

@@ -49,16 +49,19 @@ class CocoResult:
         per_class: AP by category name.
         num_images: images that were seen.
         num_expected: images over which the numbers are taken; those not seen count as images without detections.
+        part: which images of the dataset these are, in words; empty for all of them.
     """
 
     stats: Mapping[str, float]
     per_class: Mapping[str, float]
     num_images: int
     num_expected: int
+    part: str = ""
 
     def table(self) -> str:
         """The numbers as lines of text, in percent, `-` where there is no ground truth."""
         lines = [f"images {self.num_images} of {self.num_expected}"]
+        lines += [f"subset {self.part}"] if self.part else []
         for numbers in (self.stats, self.per_class):
             width = max(map(len, numbers))
             lines += [f"{name:<{width}} {_percent(value)}" for name, value in numbers.items()]
@@ -150,7 +153,11 @@ class CocoEvaluator:
         }
         stats = dict(zip(STATS, map(float, evaluation.stats), strict=True))
         return CocoResult(
-            stats=stats, per_class=per_class, num_images=len(self._detections), num_expected=len(self.image_ids)
+            stats=stats,
+            per_class=per_class,
+            num_images=len(self._detections),
+            num_expected=len(self.image_ids),
+            part=self.annotations.part,
         )
 
     def _checked(self, image_id: int, fields: Mapping[str, Tensor]) -> list[Detection]:
