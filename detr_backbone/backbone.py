@@ -12,7 +12,7 @@ from torchvision.models.resnet import ResNet
 
 from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
-from detr_backbone.exactness import find_leak
+from detr_backbone.exactness import find_leak, is_plain_resnet
 from detr_backbone.folding import fold_frozen_batch_norm
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.maps import as_map, size_of
@@ -83,6 +83,7 @@ class BackboneBase(nn.Module):
             raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
         train_only(backbone, train_layers)
         prefix_tokens = int(getattr(backbone, "num_prefix_tokens", 0))
+        tried = padding == "exact" and not is_plain_resnet(backbone)
         depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
         ordered = sorted(return_layers, key=lambda path: depth.get(path, len(depth)))
         try:
@@ -107,7 +108,7 @@ class BackboneBase(nn.Module):
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.body.to(memory_format=self._memory_format)
-        if padding == "exact" and find_leak(self.forward, self.body):
+        if tried and find_leak(self.forward, self.body):
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             if leak := find_leak(self.forward, self.body):
                 raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")

@@ -2,7 +2,7 @@
 
 A list of layers cannot speak for the code between them, such as a mean over the map inside of a block's forward. The
 trial runs that code. It replaces what a fresh network has as zeros or ones - biases, scales, statistics - by random
-numbers, so that padding that gets through shows.
+numbers, so that padding that gets through shows, and computes in float64, so that rounding does not.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.input_channels import first_convolution
 from detr_backbone.maps import as_map, layout_of
 from detr_backbone.meta import evaluating
@@ -20,10 +22,19 @@ from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_t
 
 Levels = Mapping[str, NestedTensor]
 
-_SIZES: tuple[Size, ...] = ((33, 50), (96, 128))
-"""The first has odd sides at every stride up to 32 or so, the second has not: what depends on parity shows too."""
-_TOLERANCE = 1e-4
-"""Of the largest feature: float32 rounds some 1e-6 of it, and padding that gets through changes far more."""
+_SIZES: tuple[Size, ...] = ((33, 50), (96, 80))
+"""The first has odd sides at most strides up to 32, the second even ones: what depends on parity shows too."""
+_TOLERANCE = 1e-6
+"""Of the largest feature: float64 rounds less than 1e-12 of it, and padding that gets through changes some per cent."""
+_RESNET = (
+    *(ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d),
+    *(nn.AdaptiveAvgPool2d, nn.Linear),  # the head, which no backbone runs
+)
+
+
+def is_plain_resnet(network: nn.Module) -> bool:
+    """Whether a network is a ResNet of torchvision as it is built: known to be exact, so that no trial is needed."""
+    return type(network) is ResNet and all(type(module) in _RESNET for module in network.modules())
 
 
 def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str | None:
@@ -37,7 +48,9 @@ def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str
     if convolution.weight.is_meta:  # nothing can be computed; the layers themselves have been looked at
         return None
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(convolution.in_channels, *size, generator=generator, device="cpu") for size in _SIZES]
+    images = [
+        torch.randn(convolution.in_channels, *size, generator=generator, device="cpu").double() for size in _SIZES
+    ]
     alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
     with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
@@ -109,18 +122,29 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 
 @contextmanager
 def _random_state(body: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """On the CPU, in float32, in eval mode, with random numbers in place of vectors and of what is zero throughout."""
+    """On the CPU, in float64 and in eval mode, with numbers of which every one shows in the outputs."""
     tensors = [tensor for tensor in [*body.parameters(), *body.buffers()] if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
-            if tensor.numel() == max(tensor.shape, default=1) or not tensor.any():
-                drawn = torch.rand(tensor.shape, generator=generator, device="cpu")
-                tensor.data = drawn * 0.8 + 0.2  # as variances and scales are: positive, around one half
-            else:
-                tensor.data = tensor.data.to("cpu", torch.float32)
+            tensor.data = _telling(tensor.data, generator)
         with evaluating(body):
             yield
     finally:
         for tensor, data in zip(tensors, kept, strict=True):
             tensor.data = data
+
+
+def _telling(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor of this shape by which a layer's output is about as large as its input.
+
+    A fresh network has zeros and ones in vectors, and matrices small enough to hide what passes through a few of them.
+    """
+    if tensor.numel() == max(tensor.shape, default=1):
+        drawn = torch.rand(tensor.shape, generator=generator, device="cpu")
+        return (drawn * 0.8 + 0.2).double()  # as variances and scales are: positive, around one half
+    tensor = tensor.to("cpu", torch.float64)
+    if not tensor.any():
+        tensor = torch.randn(tensor.shape, generator=generator, device="cpu").double()
+    fan_in = tensor[0].numel()
+    return tensor * (2 / fan_in / tensor.square().mean()).sqrt()  # for ReLU: arXiv 1502.01852, section 2.2
