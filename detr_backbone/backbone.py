@@ -1,24 +1,37 @@
 """The backbone of a detector: a frozen-BN ResNet, its feature levels with their masks, and their position encodings."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
-import torchvision
+import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from detr_backbone.errors import ConfigError
-from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.layer_getter import IntermediateLayerGetter, unknown_name
+from detr_backbone.exactness import find_leak
+from detr_backbone.folding import fold_frozen_batch_norm
+from detr_backbone.layer_getter import IntermediateLayerGetter
+from detr_backbone.maps import as_map, size_of
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
-from detr_backbone.padding import ExactPadding, Padding, feature_level, measure
+from detr_backbone.networks import after_first_stage, build_network, default_levels, train_only
+from detr_backbone.norms import Norm, set_norm
+from detr_backbone.padding import (
+    ExactPadding,
+    Padding,
+    feature_level,
+    measure,
+    pad_to_multiple,
+    refuse_leaky_layers,
+    valid_sizes,
+)
 from detr_backbone.position_encoding import PositionEncodingConfig, build_position_encoding
 from detr_backbone.weights import WeightsReport, load_weights
 
 logger = logging.getLogger(__name__)
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 TRAINED_STAGES = ("layer2", "layer3", "layer4")
 """What DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
@@ -34,9 +47,11 @@ class BackboneBase(nn.Module):
         train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
         padding: "exact" makes an image's features independent of who shares its batch, and refuses a network for which
             it cannot; "zeros" reproduces the original code (facebookresearch/detr), where padding leaks into the image.
+        channels_last: compute with the channels of a cell side by side in memory, which convolutions are faster with.
 
     Attributes:
-        body: the IntermediateLayerGetter; state-dict keys are `body.*`.
+        body: the IntermediateLayerGetter; state-dict keys are `body.*`. Its frozen BatchNorms are folded into the
+            convolutions before them, whose outputs are then the norms'; see `folding`.
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
@@ -54,6 +69,7 @@ class BackboneBase(nn.Module):
         return_layers: Sequence[str] | None = None,
         train_layers: Sequence[str] = TRAINED_STAGES,
         padding: Padding = "exact",
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         if return_layers is not None and return_interm_layers:
@@ -64,7 +80,8 @@ class BackboneBase(nn.Module):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
         if len(set(return_layers)) < len(return_layers):
             raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
-        _train_only(backbone, train_layers)
+        train_only(backbone, train_layers)
+        prefix_tokens = int(getattr(backbone, "num_prefix_tokens", 0))
         depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
         ordered = sorted(return_layers, key=lambda path: depth.get(path, len(depth)))
         try:
@@ -76,41 +93,64 @@ class BackboneBase(nn.Module):
                 f"`train_layers` must name a layer that leads to {list(return_layers)}, got {list(train_layers)}; to "
                 "train nothing, give none"
             )
-        measured = measure(self.body)
+        if padding == "exact":
+            refuse_leaky_layers(self.body)
+        measured = measure(self.body, prefix_tokens=prefix_tokens)
         self.strides = tuple(measured.strides.values())
         self.channels = tuple(measured.channels.values())
         self.num_channels = self.channels[-1]
         self.input_strides = measured.input_strides
         self.padding = padding
+        self.size_divisor = 1 if measured.rounds_up else measured.coarsest
+        self._layouts = tuple(measured.layouts.values())
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
+        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.body.to(memory_format=self._memory_format)
+        if padding == "exact" and find_leak(self.forward, self.body):
+            self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
+            if leak := find_leak(self.forward, self.body):
+                raise ConfigError(
+                    "`padding` must be 'zeros' for this network, got 'exact': padding gets into the image, first seen "
+                    f"in the output of {leak}"
+                )
+        fold_frozen_batch_norm(self.body, except_for=[backbone.get_submodule(path) for path in ordered])
+
+    def prepared(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
+        """What `forward` takes, as the batch that runs through the network: with sides that `size_divisor` divides."""
+        return pad_to_multiple(as_nested_tensor(images), self.size_divisor)
 
     def forward(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> dict[str, NestedTensor]:
-        """Levels [B, C, h, w] with their masks under "0", "1", …, finest first.
+        """Levels [B, C, h, w] with their masks under "0", "1", …, finest first; h = ceil(H / stride).
 
         Args:
             images: a NestedTensor; or what makes one: images [C, h, w] of any sizes, or a batch [B, C, H, W].
         """
         images = as_nested_tensor(images)
-        if self._exact_padding is None or not images.is_padded:
-            features = self.body(images.tensors)
-        else:
-            with self._exact_padding.around(images):
-                features = self.body(images.tensors)
-        return {
-            name: feature_level(tensors, images, stride=stride, padding=self.padding)
-            for (name, tensors), stride in zip(features.items(), self.strides, strict=True)
-        }
+        batch = self.prepared(images)
+        with nullcontext() if self._exact_padding is None else self._exact_padding.around(batch):
+            outputs = self.body(batch.tensors.to(memory_format=self._memory_format))
+        levels = {}
+        for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
+            cells = as_map(output, layout, size_of(batch.tensors))
+            ((h, w),) = valid_sizes([size_of(images.tensors)], layout.stride)
+            levels[name] = feature_level(cells[:, :, :h, :w], images, stride=layout.stride, padding=self.padding)
+        return levels
 
 
 class Backbone(BackboneBase):
-    """A ResNet of torchvision with frozen BatchNorm.
+    """A classification network of torchvision or timm without its head, with frozen BatchNorm where it has BatchNorm.
 
     Args:
-        name: one of resnet18, resnet34, resnet50, resnet101.
+        name: of a model of torchvision, such as "resnet50", or of timm, such as "timm/tf_efficientnet_lite0".
         weights: None (random), the name of torchvision weights such as "IMAGENET1K_V1", or the path of a local file,
             as `load_weights` takes them. DEFAULT is no such name: what it means changes with torchvision.
-        dilation: keep the resolution of layer3 in layer4 (DC5); only networks of Bottleneck blocks can.
-        return_interm_layers, return_layers, train_layers, padding: see BackboneBase.
+        in_channels: C of the images; weights of 3 channels are adapted as `adapt_input_weight` says.
+        dilation: keep the resolution of layer3 in layer4 (DC5); only ResNets of Bottleneck blocks can.
+        norm: what stands where the network has BatchNorm; see BackboneConfig.
+        return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
+        return_layers: see BackboneBase; None for the last layer, or all that `return_interm_layers` says.
+        train_layers: see BackboneBase; None for all but the stem and the first stage.
+        padding, channels_last: see BackboneBase.
 
     Attributes:
         weights: the report of what was loaded; None if nothing was.
@@ -127,28 +167,37 @@ class Backbone(BackboneBase):
         name: str,
         *,
         weights: str | None = None,
+        in_channels: int = 3,
         dilation: bool = False,
+        norm: Norm = "frozen",
         return_interm_layers: bool = False,
         return_layers: Sequence[str] | None = None,
-        train_layers: Sequence[str] = TRAINED_STAGES,
+        train_layers: Sequence[str] | None = None,
         padding: Padding = "exact",
+        channels_last: bool = True,
     ) -> None:
-        if name not in RESNETS:
-            raise ConfigError(f"`name` must be a ResNet: {unknown_name(name, RESNETS)}")
-        if dilation and name in ("resnet18", "resnet34"):
-            raise ConfigError(f"`dilation` needs Bottleneck blocks, which {name} lacks; use resnet50 or resnet101")
-        network = torchvision.models.get_model(
-            name,
-            weights=None,
-            norm_layer=FrozenBatchNorm2d,
-            replace_stride_with_dilation=[False, False, dilation],
-        )
+        if return_layers is not None and return_interm_layers:
+            raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
+        network = build_network(name, dilation=dilation, in_channels=in_channels)
+        if return_layers is None:
+            return_layers = default_levels(network)[0 if return_interm_layers else -1 :]
+        if train_layers is None and isinstance(network, ResNet):
+            train_layers = TRAINED_STAGES
+        trained = after_first_stage(network, return_layers) if train_layers is None else train_layers
+        if norm == "group" and weights is not None:
+            raise ConfigError(
+                f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm has no place for the statistics "
+                "with which they were trained"
+            )
+        set_norm(network, norm, train_layers=trained)
+        if train_layers is None:  # frozen norms have nothing to train
+            train_layers = [path for path in trained if any(True for _ in network.get_submodule(path).parameters())]
         super().__init__(
             network,
-            return_interm_layers=return_interm_layers,
             return_layers=return_layers,
             train_layers=train_layers,
             padding=padding,
+            channels_last=channels_last,
         )
         self.weights = None
         if weights is not None:
@@ -194,22 +243,32 @@ class BackboneConfig:
     """A backbone by name.
 
     Args:
-        name: resnet18, resnet34, resnet50 or resnet101.
-        weights: null (random), a torchvision weights name such as IMAGENET1K_V1, or the path of a local file.
-        return_layers: the stages that become levels: [layer4], all four, or any subset.
-        train_layers: the stages that train; [] freezes the whole backbone.
-        dilation: DC5, layer4 at the resolution of layer3; not for resnet18 and resnet34.
+        name: a model of torchvision, such as resnet50, or of timm, such as timm/tf_efficientnet_lite0.
+        weights: null (random), a torchvision weights name such as IMAGENET1K_V1, or the path of a local file; a network
+            of timm takes files only.
+        in_channels: channels of the images; pretrained weights of 3 are summed for 1, repeated and scaled for more.
+        return_layers: the layers that become levels, by path; null for the last stage ([layer4] of a ResNet).
+        train_layers: the layers that train; [] freezes the whole backbone; null for all but the stem and the first
+            stage ([layer2, layer3, layer4] of a ResNet).
+        norm: what stands where the network has BatchNorm. frozen: its statistics and affine parameters, for ever.
+            batch, sync: it learns, on each device or across them, in the layers that train. group: GroupNorm of 32
+            groups, for training without pretrained weights. The last three need `padding: zeros`.
+        dilation: DC5, layer4 at the resolution of layer3; only for ResNets of Bottleneck blocks.
         padding: exact, or zeros as in the original code, where an image's features depend on its batch.
+        channels_last: the memory format of convolutions, faster on most devices than the other.
         position_encoding: how positions are encoded.
         hidden_dim: channels of the position encodings, and of the detector that reads them.
     """
 
     name: str = "resnet50"
     weights: str | None = None
-    return_layers: tuple[str, ...] = ("layer4",)
-    train_layers: tuple[str, ...] = TRAINED_STAGES
+    in_channels: int = 3
+    return_layers: tuple[str, ...] | None = None
+    train_layers: tuple[str, ...] | None = None
+    norm: Norm = "frozen"
     dilation: bool = False
     padding: Padding = "exact"
+    channels_last: bool = True
     position_encoding: PositionEncodingConfig = field(default_factory=PositionEncodingConfig)
     hidden_dim: int = 256
 
@@ -225,20 +284,12 @@ def build_backbone(config: BackboneConfig) -> Joiner:
     backbone = Backbone(
         config.name,
         weights=config.weights,
+        in_channels=config.in_channels,
+        norm=config.norm,
         dilation=config.dilation,
         return_layers=config.return_layers,
         train_layers=config.train_layers,
         padding=config.padding,
+        channels_last=config.channels_last,
     )
     return Joiner(backbone, position_encoding)
-
-
-def _train_only(network: nn.Module, train_layers: Iterable[str]) -> None:
-    network.requires_grad_(requires_grad=False)
-    for path in train_layers:
-        parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{path}.")]
-        if not parameters:
-            known = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
-            raise ConfigError(f"`train_layers` must name layers with parameters: {unknown_name(path, known)}")
-        for parameter in parameters:
-            parameter.requires_grad_()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError, NumericsError
-from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
+from detr_backbone.nested_tensor import NestedTensor
 
 if TYPE_CHECKING:
     from detr_backbone.backbone import BackboneBase, Joiner
@@ -30,6 +30,9 @@ class FrozenBatchNorm2d(nn.Module):
         num_features: channels C of the input [B, C, H, W].
         eps: added to the variance, in float32.
 
+    Attributes:
+        folded: the convolution before does this layer's work, which then passes its input on; see `folding`.
+
     >>> FrozenBatchNorm2d(8)(torch.zeros(2, 8, 4, 4, dtype=torch.bfloat16)).dtype
     torch.bfloat16
     """
@@ -42,16 +45,29 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.folded = False
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.folded:
+            return self.then(x)
         # batch_norm reads parameters of its input's dtype or of float32, and folds them in float32 in both cases.
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        return self.then(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
         )
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What a channel is multiplied by, and what is added then: two tensors [C], in float32 at least."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def then(self, x: Tensor) -> Tensor:
+        """What a subclass does with the normalised values: nothing here."""
+        return x
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
@@ -84,10 +100,11 @@ def calibrate_frozen_batch_norm(
     layers = {path: module for path, module in base.body.named_modules() if isinstance(module, FrozenBatchNorm2d)}
     if not layers:
         raise ValueError("`backbone` must hold a FrozenBatchNorm2d to calibrate, got none")
+    folded = [layer for layer in layers.values() if layer.folded]
     sums = {path: torch.zeros(2, len(layer.weight), device=layer.weight.device) for path, layer in layers.items()}
     images = count = 0
     for batch in batches:
-        nested = as_nested_tensor(batch)
+        nested = base.prepared(batch)
         count += 1
         images += len(nested)
         hooks = [
@@ -95,8 +112,12 @@ def calibrate_frozen_batch_norm(
             for path, layer in layers.items()
         ]
         try:
+            for layer in folded:
+                layer.folded = False
             base(nested)
         finally:
+            for layer in folded:
+                layer.folded = True
             for hook in hooks:
                 hook.remove()
     if not count:
@@ -110,8 +131,8 @@ def calibrate_frozen_batch_norm(
 
 
 def _mask_of(images: NestedTensor, backbone: "BackboneBase", path: str) -> Tensor | None:
-    stride = backbone.input_strides[path]
-    return images.mask[:, ::stride, ::stride] if images.is_padded else None
+    stride = backbone.input_strides.get(path)  # what has none is no map of the image, and has no padded cells
+    return images.mask[:, ::stride, ::stride] if stride and images.is_padded else None
 
 
 def _normalise_by_batch(
@@ -129,7 +150,8 @@ def _normalise_by_batch(
     variance, mean = torch.var_mean(cells, dim=1)
     sums += torch.stack([mean, variance])
     biased = variance * ((count - 1) / count)  # BatchNorm normalises by the biased variance and keeps the unbiased one
-    return F.batch_norm(x, mean, biased, layer.weight.float(), layer.bias.float(), training=False, eps=layer.eps)
+    weight, bias = layer.weight.float(), layer.bias.float()
+    return layer.then(F.batch_norm(x, mean, biased, weight, bias, training=False, eps=layer.eps))
 
 
 def _check_finite(sums: Mapping[str, Tensor]) -> None:

@@ -68,7 +68,12 @@ class NestedTensor:
 
     @property
     def is_padded(self) -> bool:
-        """Whether any image is smaller than the batch."""
+        """Whether any image is smaller than the batch; always True while torch compiles.
+
+        A compiled graph must serve every batch of its shape, so it does what padding asks for, padded or not.
+        """
+        if torch.compiler.is_compiling():
+            return True
         full = tuple(self.tensors.shape[-2:])
         return any(size != full for size in self.sizes)
 

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
+from detr_backbone.maps import Layout, as_map, layout_of
+from detr_backbone.meta import PROBE, on_meta
 from detr_backbone.nested_tensor import NestedTensor, Size
 from detr_backbone.threads import current_thread
 
@@ -27,8 +30,11 @@ Padding: TypeAlias = Literal["exact", "zeros"]
 # Layers whose output at a cell depends on nothing but that cell, once their window (if any) finds zeros in the padding.
 # A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-_CELL_BY_CELL = (FrozenBatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)
-_PROBE = 256  # pixels of the measuring image: every stride that divides it is measured exactly
+_CELL_BY_CELL = (
+    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ChannelShuffle),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
+)
 
 
 def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
@@ -56,100 +62,149 @@ def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding
     if padding == "zeros":
         mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
         return NestedTensor(tensors, mask)
-    level = NestedTensor(tensors, images.mask[:, ::stride, ::stride], sizes=valid_sizes(images.sizes, stride))
+    mask = images.mask[:, ::stride, ::stride]
+    # A compiled graph must not be specialised on the sizes.
+    sizes = None if torch.compiler.is_compiling() else valid_sizes(images.sizes, stride)
+    level = NestedTensor(tensors, mask, sizes=sizes)
     if level.is_padded:
-        level.tensors = _zero_padded_cells(level.tensors, level.mask, level.sizes)
+        level.tensors = _zero_padded_cells(tensors, mask, sizes, in_place=not torch.is_grad_enabled())
     return level
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one pass through a network shows of its geometry."""
+    """What passes through a network show of its geometry."""
 
-    channels: dict[str, int]
-    strides: dict[str, int]
-    """Pixels per cell of each named output."""
+    layouts: dict[str, Layout]
+    """Of each named output: stride, channels, order of the axes."""
     input_strides: dict[str, int]
     """Pixels per cell of what each inner layer takes, by path."""
+    rounds_up: bool
+    """Whether an output has ceil(side / stride) cells for images of any size."""
+
+    @property
+    def channels(self) -> dict[str, int]:
+        return {name: layout.channels for name, layout in self.layouts.items()}
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels per cell of each named output."""
+        return {name: layout.stride for name, layout in self.layouts.items()}
+
+    @property
+    def coarsest(self) -> int:
+        """The largest stride anywhere in the network."""
+        return max(*self.strides.values(), *self.input_strides.values())
 
 
-def measure(body: nn.Module) -> Measured:
+def measure(body: nn.Module, *, prefix_tokens: int = 0) -> Measured:
     """Channels and strides of a network that maps [B, C, H, W] to a dict of feature maps, without computing anything.
 
-    The pass runs on the meta device: shapes without numbers.
+    The passes run on the meta device: shapes without numbers.
+
+    Args:
+        body: the network.
+        prefix_tokens: entries before the first cell where an output is a sequence of cells; timm's models say so.
 
     Raises:
-        ConfigError: there is no convolution, or an output is not a map whose side is the image's divided by a whole
-            stride.
+        ConfigError: there is no convolution, the network does not take an image of 256 x 320 pixels, or an output is
+            not a map whose sides are the image's divided by a whole stride.
     """
-    first = next((module for module in body.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        raise ConfigError("the network must begin with a convolution, got none")
     input_strides: dict[str, int] = {}
 
-    def remember(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs and inputs[0].ndim == 4 and _PROBE % inputs[0].shape[-1] == 0:
-            input_strides[path] = _PROBE // inputs[0].shape[-1]
+    def remember(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and (layout := layout_of(inputs[0].shape, PROBE)):
+            input_strides[path] = layout.stride
 
     handles: list[RemovableHandle] = [
-        module.register_forward_pre_hook(partial(remember, path))
-        for path, module in body.named_modules()
-        if not list(module.children())
+        module.register_forward_pre_hook(partial(remember, path)) for path, module in body.named_modules() if path
     ]
-    meta = {name: tensor.to("meta") for name, tensor in [*body.named_parameters(), *body.named_buffers()]}
-    probe = torch.empty(1, first.in_channels, _PROBE, _PROBE, device="meta", dtype=first.weight.dtype)
     try:
-        with torch.no_grad():
-            outputs: dict[str, Tensor] = torch.func.functional_call(body, meta, (probe,))
+        outputs = on_meta(body)
     finally:
         for handle in handles:
             handle.remove()
+    layouts = {}
     for name, output in outputs.items():
-        if output.ndim != 4 or _PROBE % output.shape[-1]:
+        layout = layout_of(output.shape, PROBE) if isinstance(output, Tensor) else None
+        if layout is None or layout.prefix not in (0, prefix_tokens):
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ConfigError(
-                f"output {name!r} must be a feature map with a whole stride, got {list(output.shape)} for an image of "
-                f"{_PROBE} x {_PROBE} pixels; return another layer"
+                f"output {name!r} must be a feature map with a whole stride, got {got} for an image of "
+                f"{PROBE[0]} x {PROBE[1]} pixels; return another layer"
             )
-    return Measured(
-        channels={name: output.shape[1] for name, output in outputs.items()},
-        strides={name: _PROBE // output.shape[-1] for name, output in outputs.items()},
-        input_strides=input_strides,
+        layouts[name] = layout
+    return Measured(layouts=layouts, input_strides=input_strides, rounds_up=_rounds_up(body, layouts))
+
+
+def _rounds_up(body: nn.Module, layouts: Mapping[str, Layout]) -> bool:
+    odd = (PROBE[0] - 31, PROBE[1] - 31)
+    try:
+        outputs = on_meta(body, odd)
+    except ConfigError:
+        return False
+    return all(
+        layout.axes != "NLC"
+        and tuple(as_map(outputs[name], layout, odd).shape[-2:]) == valid_sizes([odd], layout.stride)[0]
+        for name, layout in layouts.items()
     )
+
+
+def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
+    """The batch with sides that `divisor` divides, padded at the bottom and on the right; itself where they are.
+
+    >>> batch = NestedTensor(torch.ones(1, 3, 33, 64), None)
+    >>> pad_to_multiple(batch, 32)
+    NestedTensor([1, 3, 64, 64], torch.float32, device='cpu', sizes=[(33, 64)])
+    """
+    height, width = images.tensors.shape[-2:]
+    missing = (0, -width % divisor, 0, -height % divisor)
+    if not any(missing):
+        return images
+    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=images.sizes)
+
+
+def refuse_leaky_layers(body: nn.Module) -> None:
+    """Refuse a network with a layer of torch's that is not known to keep padding out of the image.
+
+    Raises:
+        ConfigError: such as for a normalisation over the whole map; the message names the layer.
+    """
+    for path, module in body.named_modules():
+        own = isinstance(module, _BatchNorm) or type(module).__module__.startswith("torch.nn.")
+        known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
+        if own and not known and not any(True for _ in module.children()):
+            raise ConfigError(
+                f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) is not known to keep "
+                "padding out of the image"
+            )
 
 
 class ExactPadding:
     """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
 
-    Every layer is looked at, code between layers is not: it must work cell by cell. A part of the network that is
-    computed a second time outside `around`, as activation checkpointing does, is not exact then.
+    torch's own layers are known or refused here. The code of others, and between layers, is not seen: `find_leak` runs
+    it. A part of the network that is computed a second time outside `around`, as activation checkpointing does, is not
+    exact then.
 
     Args:
         body: the network; its convolutions and pools get a hook that does nothing outside `around`.
         input_strides: pixels per cell of what each layer takes, by path, as `measure` gives them.
-
-    Raises:
-        ConfigError: a layer is not known to keep padding out, such as a normalisation over the whole map.
     """
 
     def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
         # Keyed by thread: a server may run one network in several threads at once.
         self._levels: dict[int, _Levels] = {}
         for path, module in body.named_modules():
-            if any(True for _ in module.children()) or isinstance(module, _CELL_BY_CELL):
-                continue
-            if not isinstance(module, _WINDOWED) or not _pads_with_zeros(module):
-                raise ConfigError(
-                    f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) is not known to keep "
-                    "padding out of the image"
-                )
-            if module.kernel_size not in (1, (1, 1)):
-                if path not in input_strides:
-                    raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} has no stride")
+            if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)) and path in input_strides:
                 module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
 
     @contextmanager
     def around(self, images: NestedTensor) -> Iterator[None]:
         """Within this context, a pass of the network over `images.tensors` is exact."""
+        if not images.is_padded:
+            yield
+            return
         thread = current_thread()
         self._levels[thread] = _Levels(images)
         try:
@@ -157,9 +212,15 @@ class ExactPadding:
         finally:
             del self._levels[thread]
 
-    def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    def _before_window(self, stride: int, window: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
-        return None if levels is None else (levels.zero_padded_cells(inputs[0], stride),)
+        if levels is None:
+            return None
+        (features,) = inputs
+        # The image may be the caller's own memory, and what takes part in a backward pass must stay as it is.
+        learns = features.requires_grad or any(parameter.requires_grad for parameter in window.parameters())
+        in_place = stride > 1 and not (learns and torch.is_grad_enabled())
+        return (levels.zero_padded_cells(features, stride, in_place=in_place),)
 
 
 class _Levels:
@@ -167,28 +228,21 @@ class _Levels:
 
     def __init__(self, images: NestedTensor) -> None:
         self._images = images
-        self._made: dict[int, tuple[Tensor, tuple[Size, ...]]] = {}
+        self._made: dict[int, tuple[Tensor, tuple[Size, ...] | None]] = {}
 
-    def zero_padded_cells(self, features: Tensor, stride: int) -> Tensor:
+    def zero_padded_cells(self, features: Tensor, stride: int, *, in_place: bool) -> Tensor:
         if stride not in self._made:
-            self._made[stride] = (
-                self._images.mask[:, ::stride, ::stride],
-                valid_sizes(self._images.sizes, stride),
-            )
-        mask, sizes = self._made[stride]
-        if stride == 1:  # this may be the caller's own memory, which is never written to
-            return features.masked_fill(mask[:, None], 0)
-        return _zero_padded_cells(features, mask, sizes)
+            sizes = None if torch.compiler.is_compiling() else valid_sizes(self._images.sizes, stride)
+            self._made[stride] = (self._images.mask[:, ::stride, ::stride], sizes)
+        return _zero_padded_cells(features, *self._made[stride], in_place=in_place)
 
 
-def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size]) -> Tensor:
-    # Without autograd nobody can ask for the old values, and writing only the padded cells costs next to nothing. A
-    # compiled graph must not be specialised on the sizes, so it takes the mask.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | None, *, in_place: bool) -> Tensor:
+    if not in_place or sizes is None:
         return features.masked_fill(mask[:, None], 0)
     if features.device.type != "cpu":  # one kernel for the batch
         return features.masked_fill_(mask[:, None], 0)
-    for image, (h, w) in zip(features, sizes, strict=True):
+    for image, (h, w) in zip(features, sizes, strict=True):  # writing only the padded cells costs next to nothing
         image[:, h:].zero_()
         image[:, :h, w:].zero_()
     return features

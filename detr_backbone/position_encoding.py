@@ -5,7 +5,7 @@ Both take the mask of a padded batch and count valid cells only, so that a posit
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor
+
+_GEOMETRIES = 16  # encodings that are kept: a few levels of a few image sizes
 
 
 class PositionEmbeddingSine(nn.Module):
@@ -52,23 +54,47 @@ class PositionEmbeddingSine(nn.Module):
         self.normalize = normalize
         self.scale = 2 * math.pi if scale is None else scale
         self.offset = offset
+        self._unpadded: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def forward(self, level: NestedTensor | Tensor) -> Tensor:
-        """Encodings [B, 2P, h, w] in float32, rows first, of a level or its mask [B, h, w], True on padding."""
-        mask = level.mask if isinstance(level, NestedTensor) else level
+        """Encodings [B, 2P, h, w] in float32, rows first, of a level or its mask [B, h, w], True on padding.
+
+        Levels of one geometry without padding share their encodings, which must not be written to.
+        """
+        if isinstance(level, Tensor):
+            return self._encode(level)
+        if level.is_padded:
+            return self._encode(level.mask)
+        height, width = level.mask.shape[1:]
+        geometry = (height, width, level.mask.device)
+        if geometry not in self._unpadded:
+            if len(self._unpadded) >= _GEOMETRIES:
+                self._unpadded.pop(next(iter(self._unpadded)))
+            with torch.inference_mode(mode=False):
+                self._unpadded[geometry] = self._encode(level.mask.new_zeros(1, height, width))
+        return self._unpadded[geometry].expand(len(level), -1, -1, -1)
+
+    def _encode(self, mask: Tensor) -> Tensor:
         with torch.autocast(mask.device.type, enabled=False):
             valid = (~mask).int()
-            axes = [self._encode(valid.cumsum(axis, dtype=torch.int32), axis) for axis in (1, 2)]
+            axes = [self._encode_axis(valid.cumsum(axis, dtype=torch.int32), axis) for axis in (1, 2)]
             return torch.cat(axes, dim=3).permute(0, 3, 1, 2)
 
-    def _encode(self, count: Tensor, axis: int) -> Tensor:
+    def _encode_axis(self, count: Tensor, axis: int) -> Tensor:
         position = count.float() + self.offset
         if self.normalize:
             total = count.narrow(axis, count.shape[axis] - 1, 1)
             position = position / (total + 1e-6) * self.scale  # 1e-6 only keeps columns of padding finite
-        pair = torch.arange(self.num_pos_feats // 2, dtype=torch.float32, device=count.device)
-        angle = position[..., None] / self.temperature ** (2 * pair / self.num_pos_feats)
+        angle = position[..., None] * self._frequencies(count.device)
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(3)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """Radians per unit of position [P / 2], from 1 down to almost 1 / temperature."""
+        pair = torch.arange(self.num_pos_feats // 2, dtype=torch.float32, device=device)
+        return self.temperature ** (-2 * pair / self.num_pos_feats)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_unpadded": {}}
 
     def extra_repr(self) -> str:
         return f"{self.num_pos_feats}, normalize={self.normalize}, offset={self.offset}"

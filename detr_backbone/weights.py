@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from detr_backbone.errors import WeightsError
+from detr_backbone.input_channels import adapt_input_weight, first_convolution
 from detr_backbone.layer_getter import unknown_name
 
 
@@ -36,6 +37,9 @@ class WeightsReport:
 def load_weights(body: nn.Module, weights: str, *, name: str) -> WeightsReport:
     """Load all of `body` from a torchvision weights name or from a file.
 
+    The first convolution of a network of N input channels takes weights of 3 as `adapt_input_weight` adapts them. The
+    count of batches that BatchNorm has seen may be missing.
+
     A file may hold the tensors directly or under "model" or "state_dict", and every key of the network may stand behind
     one common prefix, as in a detector's checkpoint (`backbone.0.body.`).
 
@@ -43,7 +47,7 @@ def load_weights(body: nn.Module, weights: str, *, name: str) -> WeightsReport:
         body: the network; it takes every one of its parameters and buffers from the file.
         weights: the name of one of torchvision's weights of this network, such as "IMAGENET1K_V1", which is downloaded
             once into torch.hub's folder; or the path of a local file.
-        name: the network's name in torchvision.
+        name: the network's name in torchvision; weights of another network, such as timm/NAME, are a local file.
 
     Raises:
         WeightsError: the name or file does not exist, the download failed, the file's hash is not the published one,
@@ -51,9 +55,13 @@ def load_weights(body: nn.Module, weights: str, *, name: str) -> WeightsReport:
     """
     path = _find(weights, name)
     state = _read(path)
-    own = body.state_dict()
+    own = {key: tensor for key, tensor in body.state_dict().items() if not key.endswith("num_batches_tracked")}
     prefix = _common_prefix(path, state, own)
     tensors = {key: state[prefix + key] for key in own}
+    first = f"{first_convolution(body)[0]}.weight"
+    in_channels = own[first].shape[1]
+    if in_channels != tensors[first].shape[1] == 3:
+        tensors[first] = adapt_input_weight(tensors[first], in_channels)
     for key, tensor in tensors.items():
         _check_tensor(path, prefix + key, tensor, own[key])
     body.load_state_dict(tensors)
@@ -63,6 +71,35 @@ def load_weights(body: nn.Module, weights: str, *, name: str) -> WeightsReport:
         {".".join(key.split(".")[:2]) for key in state if key not in used and "num_batches_tracked" not in key}
     )
     return WeightsReport(source=path, sha256=_sha256(path), loaded=len(tensors), left_out=tuple(rest))
+
+
+def rename_in_order(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a weights file under the keys of a network that holds the same ones in the same order.
+
+    Libraries name the layers of one architecture differently, and mostly build them in the same order. Every tensor is
+    checked for its shape and for the last part of its key, such as "running_var"; what the file holds after the last
+    of them, such as a classifier, is left out.
+
+    Args:
+        path: the file; it may hold the tensors directly or under "model" or "state_dict".
+        own: the network's state.
+
+    Raises:
+        WeightsError: the file cannot be read, or a tensor is not the one at its place in the network.
+    """
+    state = _read(path)
+    renamed: dict[str, Tensor] = {}
+    for (key, tensor), (own_key, own_tensor) in zip(state.items(), own.items(), strict=False):
+        same = key.rpartition(".")[2] == own_key.rpartition(".")[2] and tensor.shape == own_tensor.shape
+        if not same:
+            raise WeightsError(
+                f"weights in another order | where: file={path} key={key} | got {list(tensor.shape)} | expected "
+                f"{own_key} {list(own_tensor.shape)}"
+            )
+        renamed[own_key] = tensor
+    if len(renamed) < len(own):
+        raise WeightsError(f"weights lack tensors | where: file={path} | got {len(renamed)} | expected {len(own)}")
+    return renamed
 
 
 def download(url: str, folder: Path) -> Path:
@@ -100,8 +137,9 @@ def _find(weights: str, name: str) -> Path:
     path = Path(weights)
     if path.is_file():
         return path
-    if path.suffix:
-        raise WeightsError(f"`weights` must be an existing file or a torchvision name, got {weights}")
+    if path.suffix or "/" in name:
+        allowed = "an existing file" if "/" in name else "an existing file or a torchvision name"
+        raise WeightsError(f"`weights` of {name} must be {allowed}, got {weights}")
     known = [member.name for member in get_model_weights(name)]
     if weights not in known:
         raise WeightsError(f"`weights` of {name} must be a file or a torchvision name: {unknown_name(weights, known)}")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -115,7 +116,8 @@ def test_calibration_does_not_count_padding() -> None:
     calibrate_frozen_batch_norm(joiner, [[small, large]])
     stem = joiner[0].body
 
-    cells = torch.cat([stem.conv1(image[None]).flatten(2)[0] for image in (small, large)], dim=1)
+    convolved = [F.conv2d(image, stem.conv1.weight, stride=2, padding=3) for image in (small, large)]
+    cells = torch.cat([features.flatten(1) for features in convolved], dim=1)
     torch.testing.assert_close(stem.bn1.running_mean, cells.mean(dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stem.bn1.running_var, cells.var(dim=1), rtol=1e-4, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """Where a cell stands in its image, whatever the padding, the batch and the precision."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -156,3 +157,47 @@ def test_the_builder_refuses_what_does_not_fit() -> None:
         build_position_encoding(PositionEncodingConfig(), hidden_dim=7)
     with pytest.raises(ConfigError, match="belong to the sine encoding"):
         build_position_encoding(PositionEncodingConfig(type="learned", offset=-0.5), hidden_dim=8)
+
+
+def level(h: int, w: int, *, batch: int = 1) -> NestedTensor:
+    return NestedTensor(torch.zeros(batch, 1, h, w), None)
+
+
+def test_levels_of_one_geometry_without_padding_share_their_encodings() -> None:
+    encode = PositionEmbeddingSine(num_pos_feats=16, normalize=True)
+    first, again = encode(level(5, 7)), encode(level(5, 7, batch=3))
+
+    assert again.shape == (3, 32, 5, 7)
+    assert again.data_ptr() == first.data_ptr()
+    torch.testing.assert_close(again, encode(torch.zeros(3, 5, 7, dtype=torch.bool)), rtol=0, atol=0)
+    assert encode(level(7, 5)).data_ptr() != first.data_ptr()
+
+
+def test_a_padded_level_has_encodings_of_its_own() -> None:
+    encode = PositionEmbeddingSine(num_pos_feats=16, normalize=True)
+    mask = torch.ones(1, 5, 7, dtype=torch.bool)
+    mask[:, :3, :4] = False
+    encode(level(5, 7))
+
+    torch.testing.assert_close(encode(NestedTensor(torch.zeros(1, 1, 5, 7), mask)), encode(mask), rtol=0, atol=0)
+
+
+def test_few_geometries_are_kept_and_none_is_pickled() -> None:
+    encode = PositionEmbeddingSine(num_pos_feats=16)
+    size = len(pickle.dumps(encode))
+    encode(level(1, 1))
+    kept = [encode(level(1, w)) for w in range(2, 18)]
+
+    assert encode(level(1, 17)).data_ptr() == kept[-1].data_ptr()
+    assert len(encode._unpadded) == 16
+    assert len(pickle.dumps(encode)) == size
+
+
+def test_encodings_kept_by_inference_serve_training() -> None:
+    encode = PositionEmbeddingSine(num_pos_feats=16)
+    with torch.inference_mode():
+        encode(level(5, 7))
+    factor = torch.ones((), requires_grad=True)
+    (encode(level(5, 7)) * factor).sum().backward()
+
+    assert factor.grad is not None

@@ -11,7 +11,7 @@ from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
-from detr_backbone.frozen_batch_norm import calibrate_frozen_batch_norm
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.checkpoint import (
     Checkpoint,
@@ -122,6 +122,8 @@ def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, ac
     report = model.backbone[0].weights
     if report is not None:
         return f"backbone: {report}"
+    if not any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules()):
+        return "backbone: random weights"
     if not config.calibration_images:
         return "backbone: random weights, and frozen BatchNorm without statistics: expect it not to train"
     taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))

@@ -89,6 +89,7 @@ def test_the_early_gradient_too_where_batch_norm_rounds_twice(case: str, monkeyp
         return x * scale[:, None, None] + (norm.bias - norm.running_mean * scale)[:, None, None]
 
     monkeypatch.setattr(FrozenBatchNorm2d, "forward", round_twice)
+    monkeypatch.setattr("detr_backbone.backbone.fold_frozen_batch_norm", lambda *_, **__: 0)
 
     assert_reproduced("deformable_detr", f"{case}/oddpadded/", everything_computed(case, "oddpadded"))
 

@@ -1,0 +1,87 @@
+"""Outputs of a network as maps [B, C, h, w], whatever order of axes the network computes in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from detr_backbone.nested_tensor import Size
+
+_MOST_PREFIX_TOKENS = 16  # class and register tokens; fewer than the cells of any map that is looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How an output holds a map: its stride in pixels per cell, its channels, and the order of its axes.
+
+    Args:
+        stride: pixels per cell.
+        channels: C.
+        axes: "NCHW"; "NHWC", as Swin computes; or "NLC", cells as a sequence in rows, as ViT computes.
+        prefix: entries of the sequence before the first cell, such as the class token; "NLC" only.
+    """
+
+    stride: int
+    channels: int
+    axes: Literal["NCHW", "NHWC", "NLC"]
+    prefix: int = 0
+
+
+def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
+    """The layout of an output of this shape for images of a size whose sides differ; None if it is no map of them.
+
+    >>> layout_of((1, 64, 64, 80), (256, 320))
+    Layout(stride=4, channels=64, axes='NCHW', prefix=0)
+    >>> layout_of((1, 8, 10, 768), (256, 320)), layout_of((1, 1 + 16 * 20, 192), (256, 320))
+    (Layout(stride=32, channels=768, axes='NHWC', prefix=0), Layout(stride=16, channels=192, axes='NLC', prefix=1))
+    >>> layout_of((1, 1000), (256, 320)), layout_of((1, 512, 1, 1), (256, 320))
+    (None, None)
+    """
+    height, width = image
+    if len(shape) == 4:
+        if stride := _stride((shape[2], shape[3]), image):
+            return Layout(stride=stride, channels=shape[1], axes="NCHW")
+        if stride := _stride((shape[1], shape[2]), image):
+            return Layout(stride=stride, channels=shape[3], axes="NHWC")
+    if len(shape) == 3:
+        for stride in (1, 2, 4, 8, 16, 32, 64):
+            prefix = shape[1] - (height // stride) * (width // stride)
+            if 0 <= prefix <= _MOST_PREFIX_TOKENS:
+                return Layout(stride=stride, channels=shape[2], axes="NLC", prefix=prefix)
+    return None
+
+
+def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
+    """An output as [B, C, h, w], without a copy.
+
+    Args:
+        output: of this layout.
+        layout: as `layout_of` gives it.
+        image: (H, W) of the images; with tokens, a multiple of the stride.
+
+    >>> import torch
+    >>> tokens = torch.tensor([[[-1.0], [0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]])
+    >>> as_map(tokens, Layout(stride=16, channels=1, axes="NLC", prefix=1), (32, 48))
+    tensor([[[[0., 1., 2.],
+              [3., 4., 5.]]]])
+    """
+    if layout.axes == "NHWC":
+        return output.permute(0, 3, 1, 2)
+    if layout.axes == "NLC":
+        cells = (image[0] // layout.stride, image[1] // layout.stride)
+        return output[:, layout.prefix :].transpose(1, 2).reshape(len(output), layout.channels, *cells)
+    return output
+
+
+def size_of(images: Tensor) -> Size:
+    """(H, W) of a batch [B, C, H, W]."""
+    return images.shape[-2], images.shape[-1]
+
+
+def _stride(cells: Size, image: Size) -> int:
+    """Pixels per cell, 0 if it is no whole number or not the same for both axes."""
+    if not all(cells) or any(side % cell for side, cell in zip(image, cells, strict=True)):
+        return 0
+    stride = image[0] // cells[0]
+    return stride if stride == image[1] // cells[1] else 0

@@ -1,0 +1,31 @@
+"""A pass through a network that computes nothing: shapes and structure without numbers, in milliseconds."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from detr_backbone.errors import ConfigError
+from detr_backbone.input_channels import first_convolution
+from detr_backbone.nested_tensor import Size
+
+PROBE: Size = (256, 320)
+"""(h, w) of the measuring image: every stride that divides both is measured exactly."""
+
+
+def on_meta(network: nn.Module, size: Size = PROBE) -> Any:
+    """What a network gives for an image of this size, as shapes without numbers.
+
+    Raises:
+        ConfigError: the network has no convolution, or does not take such an image.
+    """
+    _, first = first_convolution(network)
+    meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+    image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
+    try:
+        with torch.no_grad():
+            return torch.func.functional_call(network, meta, (image,))
+    except Exception as error:  # whatever a network raises at an image that it was not made for
+        raise ConfigError(
+            f"the network must take images of any size, got for {size[0]} x {size[1]} pixels: {error}"
+        ) from error
