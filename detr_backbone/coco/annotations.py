@@ -8,25 +8,28 @@ Source: https://cocodataset.org/#format-data
 """
 
 import json
-import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, TypeGuard
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from detr_backbone.coco.findings import DEFAULT_POLICIES, KINDS, DataPolicies, Findings
+from detr_backbone.coco.rules import Content, examine_content
+from detr_backbone.coco.segmentations import Packer, Segmentations
 from detr_backbone.errors import AnnotationError
 
-Record: TypeAlias = Mapping[str, Any]
-_Checked: TypeAlias = Iterator[tuple[str, Record]]  # where a record stands in the file, and the record
+MAX_BYTES = 8 * 2**30
+"""Bytes of the largest annotation file that is read: about three times that of Objects365."""
 
-_LISTS = ("images", "annotations", "categories")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?\bInfinity\b|\bNaN\b)')
+_NUMBERS = r"\[[-+0-9.eE,\s]*\]"
+_POLYGONS = re.compile(rf'("segmentation":\s*\[)\s*{_NUMBERS}(?:\s*,\s*{_NUMBERS})*\s*(?=\])')
+_TARGETS_ONLY = ("box_outside", "box_without_area")  # what is dropped for training, but not from the evaluation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +49,9 @@ class CocoAnnotations:
         boxes: float64 [N, 4] as in the file, xywh in pixels, neither side negative.
         areas: float64 [N], the file's `area`, or that of the box where the file gives none.
         is_crowd: bool [N].
+        segmentations: the masks of the annotations, where they were asked for.
+        findings: how many faults of each kind the file has that policies let through, by dropping the annotations,
+            clipping the boxes, or with a warning.
     """
 
     source: str
@@ -60,15 +66,45 @@ class CocoAnnotations:
     boxes: npt.NDArray[np.float64]
     areas: npt.NDArray[np.float64]
     is_crowd: npt.NDArray[np.bool_]
+    segmentations: Segmentations | None = None
+    findings: Mapping[str, int] = field(default_factory=dict)
 
 
-def load_annotations(path: Path | str) -> CocoAnnotations:
+def load_annotations(
+    path: Path | str, *, segmentations: bool = False, policies: DataPolicies = DEFAULT_POLICIES
+) -> CocoAnnotations:
     """The checked content of a COCO annotation file.
+
+    Args:
+        path: the file.
+        segmentations: fill `CocoAnnotations.segmentations`. Without, the numbers of polygons are not even parsed, which
+            takes most of the time.
+        policies: what is done about faults that need not be refused.
 
     Raises:
         AnnotationError: the file cannot be read, is no JSON, or contradicts itself or the COCO format.
     """
-    return parse_annotations(read_json(path), source=str(path))
+    packer = Packer() if segmentations else None
+    return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
+
+
+def parse_annotations(
+    content: Any, *, source: str, segmentations: bool = False, policies: DataPolicies = DEFAULT_POLICIES
+) -> CocoAnnotations:
+    """The same from a parsed file; `source` is what errors call it.
+
+    Raises:
+        AnnotationError: the content contradicts itself or the COCO format.
+    """
+    packer = Packer() if segmentations else None
+    return assemble(examine_content(content, source=source, packer=packer), policies)
+
+
+def refuse(findings: Sequence[Findings], policies: DataPolicies = DEFAULT_POLICIES) -> None:
+    """Raise the first finding that the policies do not let through, as AnnotationError or DataError."""
+    for one in findings:
+        if policies.action(one.kind) == "error":
+            raise one.examples[0].error
 
 
 def read_json(path: Path | str) -> Any:
@@ -77,17 +113,90 @@ def read_json(path: Path | str) -> Any:
     Raises:
         AnnotationError: naming the file, and the line and column where it stops being JSON.
     """
+    return _parsed(_text(path), path)
+
+
+def read_content(path: Path | str, *, packer: Packer | None = None) -> Any:
+    """What a COCO file holds, its segmentations in a packer; without one, polygons are left out.
+
+    Raises:
+        AnnotationError: as `read_json`.
+    """
+    if packer is None:
+        text = _POLYGONS.sub(r"\1", _text(path))
+        try:
+            return json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):  # the whole text knows line and column
+            return read_json(path)
+
+    def pack(record: dict[str, Any]) -> dict[str, Any]:
+        if "segmentation" in record:
+            record["segmentation"] = packer.pack(record["segmentation"])
+        return record
+
+    return _parsed(_text(path), path, pack)
+
+
+def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
+    """The arrays of an examined file.
+
+    Raises:
+        AnnotationError: something was found that the policies refuse.
+    """
+    refuse(content.findings, policies)
+    images, table = content.images, content.annotations
+    kept = np.ones(len(table.ids), np.bool_)
+    for one in content.findings:
+        if policies.action(one.kind) == "drop" and one.kind not in _TARGETS_ONLY:
+            kept[one.rows] = False
+    order = np.argsort(images.ids)
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(places[table.images[rows]], kind="stable")]
+    ids = sorted(content.categories)
+    names = content.categories
+    shared = Counter(names.values())
+    return CocoAnnotations(
+        source=content.source,
+        image_ids=images.ids[order],
+        file_names=np.array([images.names[row] for row in order], dtype=np.str_),
+        sizes=images.sizes[order],
+        category_ids=tuple(ids),
+        category_names=tuple(names[i] if shared[names[i]] == 1 else f"{names[i]} (id {i})" for i in ids),
+        annotation_ids=table.ids[rows],
+        image_index=places[table.images[rows]],
+        labels=table.categories[rows],
+        boxes=table.boxes[rows],
+        areas=table.areas[rows],
+        is_crowd=table.is_crowd[rows],
+        segmentations=table.segmentations and table.segmentations.take(rows),
+        findings={
+            one.kind: one.count
+            for one in content.findings
+            if KINDS[one.kind].severity != "note" or policies.action(one.kind)
+        },
+    )
+
+
+def _text(path: Path | str) -> str:
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        if (size := Path(path).stat().st_size) > MAX_BYTES:
+            raise AnnotationError(
+                f"file is too large | where: file={path} | got {size} bytes expected {MAX_BYTES} at most"
+            )
+        return Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AnnotationError(f"file cannot be read as UTF-8 text | where: file={path} | got {error}") from error
 
+
+def _parsed(text: str, path: Path | str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     def refuse(constant: str) -> NoReturn:
         start = next(match.start(1) for match in _STRING_OR_CONSTANT.finditer(text) if match[1])
         raise json.JSONDecodeError(f"{constant} is not a number", text, start)
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_hook=hook)
     except json.JSONDecodeError as error:
         where = f"file={path} line={error.lineno} column={error.colno}"
         raise AnnotationError(f"file is not JSON | where: {where} | got {error.msg}") from error
@@ -95,156 +204,5 @@ def read_json(path: Path | str) -> Any:
         raise AnnotationError(f"file is not usable JSON | where: file={path} | got {error}") from error
 
 
-def parse_annotations(content: Any, *, source: str) -> CocoAnnotations:
-    """The same from a parsed file; `source` is what errors call it.
-
-    Raises:
-        AnnotationError: the content contradicts itself or the COCO format.
-    """
-    _check_lists(content, source)
-    names, sizes = parse_images(content["images"], source)
-    categories = parse_categories(content["categories"], source)
-    image_ids, category_ids = sorted(names), sorted(categories)
-    _check_references(content["annotations"], "image_id", names, source)
-    _check_references(content["annotations"], "category_id", categories, source)
-    places = {image_id: place for place, image_id in enumerate(image_ids)}
-    labels = {category_id: label for label, category_id in enumerate(category_ids)}
-    rows = sorted(
-        (
-            (places[record["image_id"]], record["id"], labels[record["category_id"]], *_box_area_crowd(record, where))
-            for where, record in _records(content["annotations"], "annotations", "ann_id", source)
-        ),
-        key=lambda row: row[0],
-    )
-    place, annotation_id, label, box, area, crowd = zip(*rows, strict=True) if rows else [()] * 6
-    shared = Counter(categories.values())
-    return CocoAnnotations(
-        source=source,
-        image_ids=np.array(image_ids, dtype=np.int64),
-        file_names=np.array([names[image_id] for image_id in image_ids], dtype=np.str_),
-        sizes=np.array([sizes[image_id] for image_id in image_ids], dtype=np.int64).reshape(-1, 2),
-        category_ids=tuple(category_ids),
-        category_names=tuple(
-            categories[i] if shared[categories[i]] == 1 else f"{categories[i]} (id {i})" for i in category_ids
-        ),
-        annotation_ids=np.array(annotation_id, dtype=np.int64),
-        image_index=np.array(place, dtype=np.int64),
-        labels=np.array(label, dtype=np.int64),
-        boxes=np.array(box, dtype=np.float64).reshape(-1, 4),
-        areas=np.array(area, dtype=np.float64),
-        is_crowd=np.array(crowd, dtype=np.bool_),
-    )
-
-
-def parse_images(images: Sequence[Any], source: str) -> tuple[dict[int, str], dict[int, tuple[int, int]]]:
-    """File name and stated (h, w) of each image id."""
-    names: dict[int, str] = {}
-    sizes: dict[int, tuple[int, int]] = {}
-    for where, record in _records(images, "images", "image_id", source):
-        name = record.get("file_name")
-        if not _is_file_name(name):
-            raise AnnotationError(f"image has no file name | where: {where} key=file_name | got {name!r}")
-        for key in ("height", "width"):
-            if not _is_integer(side := record.get(key)) or side < 1:
-                raise AnnotationError(
-                    f"image has no size | where: {where} key={key} | got {side!r} expected a positive integer"
-                )
-        if record["id"] in names:
-            raise AnnotationError(f"image id is used twice | where: {where} | got {names[record['id']]!r} and {name!r}")
-        names[record["id"]], sizes[record["id"]] = name, (record["height"], record["width"])
-    return names, sizes
-
-
-def parse_categories(categories: Sequence[Any], source: str) -> dict[int, str]:
-    """Name of each category id."""
-    names: dict[int, str] = {}
-    for where, record in _records(categories, "categories", "category_id", source):
-        name = record.get("name")
-        if not isinstance(name, str) or not name:
-            raise AnnotationError(f"category has no name | where: {where} key=name | got {name!r}")
-        if record["id"] in names:
-            raise AnnotationError(
-                f"category id is used twice | where: {where} | got {names[record['id']]!r} and {name!r}"
-            )
-        names[record["id"]] = name
-    if not names:
-        raise AnnotationError(f"file has no categories | where: file={source} key=categories | got []")
-    return names
-
-
-def _check_lists(content: Any, source: str) -> None:
-    if not isinstance(content, Mapping):
-        got = type(content).__name__
-        raise AnnotationError(f"file is not a COCO dataset | where: file={source} | got {got} expected an object")
-    if missing := [key for key in _LISTS if key not in content]:
-        raise AnnotationError(
-            f"file lacks top-level keys | where: file={source} key={', '.join(missing)} | got {sorted(content)}"
-        )
-    for key in _LISTS:
-        if not isinstance(content[key], list):
-            got = type(content[key]).__name__
-            raise AnnotationError(f"`{key}` is not a list | where: file={source} key={key} | got {got}")
-
-
-def _records(records: Sequence[Any], key: str, id_name: str, source: str) -> _Checked:
-    for index, record in enumerate(records):
-        if not isinstance(record, Mapping) or not _is_integer(record.get("id")):
-            got = repr(record.get("id")) if isinstance(record, Mapping) else type(record).__name__
-            where = f"file={source} key={key}.id index={index}"
-            raise AnnotationError(f"entry has no integer id | where: {where} | got {got}")
-        yield f"file={source} {id_name}={record['id']}", record
-
-
-def _check_references(annotations: Sequence[Any], key: str, known: Mapping[int, str], source: str) -> None:
-    """Refuse annotations of images or categories that the file does not list, telling how many there are."""
-    seen: set[int] = set()
-    unknown = []
-    for where, record in _records(annotations, "annotations", "ann_id", source):
-        value = record.get(key)
-        if not _is_integer(value):
-            raise AnnotationError(
-                f"annotation has no {key} | where: {where} key={key} | got {value!r} expected an integer"
-            )
-        if record["id"] in seen:
-            raise AnnotationError(f"annotation id is used twice | where: {where} | fix: renumber the annotations")
-        seen.add(record["id"])
-        if value not in known:
-            unknown.append((where, value))
-    if unknown:
-        where, value = unknown[0]
-        raise AnnotationError(
-            f"annotation of an unknown {key} | where: {where} key={key} | got {value} expected one of {len(known)} ids "
-            f"that the file lists; so have {len(unknown)} of {len(annotations)} annotations"
-        )
-
-
-def _box_area_crowd(record: Record, where: str) -> tuple[list[float], float, bool]:
-    box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
-        raise AnnotationError(
-            f"box is malformed | where: {where} key=bbox | got {box!r} expected four numbers x, y, w, h"
-        )
-    if box[2] < 0 or box[3] < 0:
-        raise AnnotationError(f"box has a negative side | where: {where} key=bbox | got {box} expected x, y, w, h")
-    area = record.get("area", box[2] * box[3])
-    if not _is_finite(area) or area < 0:
-        raise AnnotationError(f"area is not a size | where: {where} key=area | got {area!r} expected a number >= 0")
-    crowd = record.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise AnnotationError(f"iscrowd is not a flag | where: {where} key=iscrowd | got {crowd!r} expected 0 or 1")
-    return box, area, bool(crowd)
-
-
-def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _is_file_name(value: Any) -> TypeGuard[str]:
-    try:
-        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(constant)

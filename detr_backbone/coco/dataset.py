@@ -4,21 +4,21 @@ What can be wrong with a dataset is found when it is opened, not in the middle o
 waits until an image is read. Every error names the file, the image and the annotation it is about.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from detr_backbone.coco.annotations import CocoAnnotations, load_annotations
+from detr_backbone.coco.annotations import load_annotations, refuse
+from detr_backbone.coco.boxes import MOVED_TOLERANCE, clip
+from detr_backbone.coco.files import examine_files
+from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.images import read_image
-from detr_backbone.errors import AnnotationError, DataError
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
 
 
@@ -48,6 +48,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         annotations: the COCO annotation file.
         transforms: called with image and target, gives both back; see `detr_backbone.coco.transforms`. Without, the
             image is a `tv_tensors.Image` of uint8 [3, h, w].
+        policies: what is done about faults that need not be refused.
 
     Attributes:
         annotations: the checked file.
@@ -56,6 +57,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         category_names: the name of each label.
         categories: category id -> name, in the order of the labels.
         num_classes: K.
+        findings: how many faults of each kind were let through, by dropping, clipping, or with a warning.
 
     Raises:
         AnnotationError: the annotation file contradicts itself, the COCO format, or the folder.
@@ -68,8 +70,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         annotations: Path | str,
         *,
         transforms: Callable[[Any, Target], tuple[Tensor, Target]] | None = None,
+        policies: DataPolicies = DEFAULT_POLICIES,
     ) -> None:
-        self.annotations = load_annotations(annotations)
+        self.annotations = load_annotations(annotations, policies=policies)
         self.transforms = transforms
         self.image_ids: tuple[int, ...] = tuple(self.annotations.image_ids.tolist())
         self.category_ids = self.annotations.category_ids
@@ -77,13 +80,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.categories = dict(zip(self.category_ids, self.category_names, strict=True))
         self.num_classes = len(self.category_ids)
         self._images = Path(images)
-        _check_files(self._images, self.annotations)
-
-        boxes, self.clipped_boxes = clipped_boxes(self.annotations)
-        has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        keep = has_area & ~self.annotations.is_crowd
-        self.dropped_boxes = int((~has_area & ~self.annotations.is_crowd).sum())
-        self._boxes, self._labels = boxes[keep], self.annotations.labels[keep]
+        self.findings = dict(self.annotations.findings)
+        files = examine_files(
+            self._images,
+            self.annotations.image_ids,
+            self.annotations.file_names.tolist(),
+            source=self.annotations.source,
+        )
+        refuse(files, policies)
+        self.findings |= {one.kind: one.count for one in files}
+        clipped = clip(self.annotations.boxes, self.annotations.sizes[self.annotations.image_index])
+        keep = clipped.is_target & ~self.annotations.is_crowd
+        self.dropped_boxes = int((~clipped.is_target & ~self.annotations.is_crowd).sum())
+        self.clipped_boxes = int((clipped.moved > MOVED_TOLERANCE).sum())
+        self._boxes, self._labels = clipped.boxes[keep], self.annotations.labels[keep]
         self._ends = np.searchsorted(self.annotations.image_index[keep], np.arange(len(self) + 1))
 
     def __len__(self) -> int:
@@ -115,47 +125,3 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, lis
     (torch.Size([2, 3, 5, 6]), [7, 7])
     """
     return nested_tensor_from_tensor_list([image for image, _ in samples]), [target for _, target in samples]
-
-
-def clipped_boxes(annotations: CocoAnnotations) -> tuple[npt.NDArray[np.float64], int]:
-    """Boxes [N, 4] as xyxy within their images, and how many had to be clipped by more than a hundredth of a pixel.
-
-    Raises:
-        AnnotationError: a box lies outside its image altogether.
-    """
-    heights, widths = annotations.sizes[annotations.image_index].T
-    boxes = np.concatenate([annotations.boxes[:, :2], annotations.boxes[:, :2] + annotations.boxes[:, 2:]], axis=1)
-    limits = np.stack([widths, heights, widths, heights], axis=1)
-    outside = ((boxes[:, :2] >= limits[:, :2]) | (boxes[:, 2:] <= 0)).any(axis=1) & (annotations.boxes[:, 2:] > 0).all(
-        axis=1
-    )
-    for index in np.flatnonzero(outside):
-        where = f"file={annotations.source} image_id={annotations.image_ids[annotations.image_index[index]]}"
-        raise AnnotationError(
-            f"box lies outside its image | where: {where} ann_id={annotations.annotation_ids[index]} key=bbox | "
-            f"got {annotations.boxes[index].tolist()} expected within {widths[index]} x {heights[index]}"
-        )
-    inside = boxes.clip(0, limits)
-    return inside, int((np.abs(inside - boxes) > 0.01).any(axis=1).sum())
-
-
-def _check_files(folder: Path, annotations: CocoAnnotations) -> None:
-    """Refuse an empty dataset, names that leave the folder, and files that do not exist."""
-    if not len(annotations.image_ids):
-        raise DataError(f"dataset has no images | where: file={annotations.source} key=images | got []")
-    root = os.path.realpath(folder)
-    missing = []
-    for image_id, name in zip(annotations.image_ids.tolist(), annotations.file_names.tolist(), strict=True):
-        real = os.path.realpath(os.path.join(root, name))  # noqa: PTH118 - five times faster than Path
-        if Path(name).is_absolute() or os.path.commonpath([root, real]) != root:
-            raise AnnotationError(
-                f"file name leads out of the images folder | where: file={annotations.source} image_id={image_id} "
-                f"key=file_name | got {name!r} expected a file below {root}"
-            )
-        if not os.path.isfile(real):  # noqa: PTH113
-            missing.append(name)
-    if missing:
-        raise DataError(
-            f"image files are missing | where: file={annotations.source} key=file_name folder={folder} | "
-            f"got {len(missing)} of {len(annotations.image_ids)} missing, first {missing[:5]} | fix: check the folder"
-        )

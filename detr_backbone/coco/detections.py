@@ -3,17 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as rle
 
 from detr_backbone.coco.annotations import CocoAnnotations, read_json
+from detr_backbone.coco.segmentations import EncodedMask
 from detr_backbone.errors import AnnotationError, EvaluationError
-
-EncodedMask: TypeAlias = Mapping[str, Any]
-"""A mask in the compressed form of the COCO API: `size` [h, w], and `counts` as bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +40,8 @@ class Detections:
         """float64 [M], in square pixels: of the masks, or of the boxes where there are none."""
         if self.masks is None:
             return self.boxes[:, 2] * self.boxes[:, 3]
-        return rle.area(list(self.masks)).astype(np.float64) if len(self) else np.zeros(0)
+        # One by one: under NumPy 2, pycocotools 2.0.11 overflows for more than 255 at once.
+        return np.array([rle.area(mask) for mask in self.masks], dtype=np.float64)
 
 
 def load_detections(path: Path | str, annotations: CocoAnnotations) -> Detections:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from pycocotools import mask as rle
 
 from detr_backbone.coco.annotations import CocoAnnotations
-from detr_backbone.coco.detections import Detections, EncodedMask, places_of
+from detr_backbone.coco.detections import Detections, places_of
+from detr_backbone.coco.segmentations import EncodedMask, Segmentations
 from detr_backbone.errors import EvaluationError
 
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -254,16 +255,15 @@ def _choose(
     return found, chosen, object_ignored[np.arange(areas)[:, None, None], chosen] & (chosen >= 0)
 
 
-def segmentations_of(annotations: CocoAnnotations) -> Sequence[EncodedMask]:
+def segmentations_of(annotations: CocoAnnotations) -> Segmentations:
     """The mask of each annotation.
 
     Raises:
         EvaluationError: the annotations were loaded without.
     """
-    segmentations: Sequence[EncodedMask] | None = getattr(annotations, "segmentations", None)
-    if segmentations is None:
+    if annotations.segmentations is None:
         raise EvaluationError(
             f"ground truth has no masks | where: file={annotations.source} key=segmentation | "
             "fix: load_annotations(path, segmentations=True)"
         )
-    return segmentations
+    return annotations.segmentations

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
@@ -35,6 +36,7 @@ class DataConfig:
     Args:
         train: the training split.
         val: the split that is evaluated.
+        policies: what is done about faults of the annotations that need not be refused.
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
         num_workers: processes that read images; 0 reads them in the training process.
@@ -42,6 +44,7 @@ class DataConfig:
 
     train: SplitConfig = field(default_factory=SplitConfig)
     val: SplitConfig = field(default_factory=SplitConfig)
+    policies: DataPolicies = field(default_factory=DataPolicies)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
     num_workers: int = 2

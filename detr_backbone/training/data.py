@@ -25,7 +25,8 @@ def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDe
     name = "train" if train else "val"
     if not (split.images and split.annotations):
         raise ConfigError(f"`data.{name}.images` and `data.{name}.annotations` must be set, got {split}")
-    return CocoDetection(split.images, split.annotations, transforms=make_transforms(config.transforms, train=train))
+    transforms = make_transforms(config.transforms, train=train)
+    return CocoDetection(split.images, split.annotations, transforms=transforms, policies=config.policies)
 
 
 def train_loader(

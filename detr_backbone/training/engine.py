@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
+from detr_backbone.coco.findings import KINDS
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
@@ -67,7 +68,10 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, len(loader))
-    log.say(f"{_described(train_set)} to train on, {_described(val_set)} to evaluate, {len(loader)} steps per epoch")
+    log.say(
+        f"{_described(train_set, config)} to train on, {_described(val_set, config)} to evaluate, "
+        f"{len(loader)} steps per epoch"
+    )
     log.say(describe_groups(optimizer))
     if previous is not None:
         refuse_another_run(previous, config, train_set.categories)
@@ -130,13 +134,13 @@ def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, ac
     return f"backbone: random weights, frozen BatchNorm took its statistics from {taken} training images"
 
 
-def _described(dataset: CocoDetection) -> str:
+def _described(dataset: CocoDetection, config: TrainConfig) -> str:
+    done = {"drop": " dropped", "clamp": " clipped", "": ""}
     notes = [
-        f"{count} boxes {what}"
-        for count, what in ((dataset.clipped_boxes, "clipped to their image"), (dataset.dropped_boxes, "without area"))
-        if count
+        f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
+        for kind, count in dataset.findings.items()
     ]
-    return f"{len(dataset)} images" + (f" ({', '.join(notes)})" if notes else "")
+    return f"{len(dataset)} images" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:

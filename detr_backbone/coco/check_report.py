@@ -1,0 +1,124 @@
+"""What a sweep of a dataset found: as a table to read, and as plain dicts to keep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from detr_backbone.coco.findings import KINDS, DataPolicies, Findings, Severity
+
+_SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+_DONE = {"drop": "; dropped", "clamp": "; clipped"}
+_SHOWN = 3  # examples in the table; the JSON report has all that are worded
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedSplit:
+    """One annotation file and its pictures, examined.
+
+    Attributes:
+        name: what the report calls it.
+        annotations: the annotation file.
+        num_images: entries of its list of images.
+        num_annotations: entries of its list of annotations.
+        categories: category id -> name.
+        findings: everything found, one entry for each kind.
+        pictures: digest of the bytes of each picture that was opened -> its path.
+    """
+
+    name: str
+    annotations: str
+    num_images: int
+    num_annotations: int
+    categories: Mapping[int, str]
+    findings: Sequence[Findings]
+    pictures: Mapping[bytes, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What a sweep found.
+
+    Attributes:
+        splits: the examined splits.
+        policies: what loading would do about it.
+        segmentations: whether segmentations will be used; their faults are errors only then.
+    """
+
+    splits: Sequence[CheckedSplit]
+    policies: DataPolicies
+    segmentations: bool
+
+    def severity(self, kind: str) -> Severity:
+        """How bad a kind is under the policies: what loading refuses is an error, what it drops is a warning."""
+        if kind.startswith("segmentation_") and not self.segmentations:
+            return "note" if kind == "segmentation_missing" else "warning"
+        action = self.policies.action(kind)
+        return "error" if action == "error" else "warning" if action == "drop" else KINDS[kind].severity
+
+    def count(self, severity: Severity) -> int:
+        """How many kinds of faults are of this severity, over all splits."""
+        return sum(self.severity(one.kind) == severity for _, one in self._sorted())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain dicts and lists, to be written as JSON."""
+        return {
+            **{f"{severity}s": self.count(severity) for severity in _SEVERITIES},
+            "splits": {
+                split.name: {
+                    "annotations": split.annotations,
+                    "num_images": split.num_images,
+                    "num_annotations": split.num_annotations,
+                    "num_categories": len(split.categories),
+                }
+                for split in self.splits
+            },
+            "findings": [
+                {
+                    "split": split.name,
+                    "kind": one.kind,
+                    "severity": self.severity(one.kind),
+                    "action": self.policies.action(one.kind),
+                    "count": one.count,
+                    "what": KINDS[one.kind].what,
+                    "fix": KINDS[one.kind].fix,
+                    "examples": [asdict(example) for example in one.examples],
+                }
+                for split, one in self._sorted()
+            ],
+        }
+
+    def table(self) -> str:
+        """The report as lines of text, the worst first."""
+        lines = [
+            f"{split.name}: {split.num_images} images, {split.num_annotations} annotations, "
+            f"{len(split.categories)} categories in {split.annotations}"
+            for split in self.splits
+        ]
+        indent = " " * 25
+        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind")
+        for split, one in self._sorted():
+            kind = KINDS[one.kind]
+            done = _DONE.get(self.policies.action(one.kind), "")
+            severity = self.severity(one.kind)
+            lines.append(f"{severity:8} {split.name:6} {one.count:7}  {one.kind}: {kind.what}{done}")
+            lines += [
+                indent + example.detail.removeprefix(f"file={split.annotations} ") for example in one.examples[:_SHOWN]
+            ]
+            lines += [f"{indent}... {one.count - _SHOWN} more"] if one.count > _SHOWN < len(one.examples) else []
+            lines += [f"{indent}fix: {kind.fix}"] if kind.fix else []
+        counts = [(self.count(severity), severity) for severity in _SEVERITIES]
+        sums = ", ".join(f"{number} {severity}{'' if number == 1 else 's'}" for number, severity in counts)
+        verdict = "training would refuse this dataset" if counts[0][0] else "training takes this dataset"
+        return "\n".join([*lines, f"\n{sums}: {verdict}"])
+
+    def _sorted(self) -> list[tuple[CheckedSplit, Findings]]:
+        every = [
+            (split, one)
+            for split in self.splits
+            for one in split.findings
+            if not (
+                one.kind == "segmentation_missing" and one.count == split.num_annotations and not self.segmentations
+            )
+        ]
+        order = list(KINDS)
+        return sorted(every, key=lambda e: (_SEVERITIES.index(self.severity(e[1].kind)), order.index(e[1].kind)))

@@ -1,0 +1,225 @@
+"""What can be wrong with a dataset: one table of kinds, what each of them means, and what is done about it.
+
+Everything that checks data yields findings: loading raises the first one that is refused, and a sweep of a whole
+dataset collects them all.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from detr_backbone.errors import AnnotationError, ConfigError, DataError, DetrBackboneError
+
+Severity: TypeAlias = Literal["error", "warning", "note"]
+Rows: TypeAlias = npt.NDArray[np.int64]
+EXAMPLES = 5
+"""Offenders of one kind that are put into words; the others are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What all faults of one kind have in common.
+
+    Attributes:
+        what: the fault, as the first words of its message.
+        fix: how to mend it; empty where the message says it all.
+        severity: "error" is refused, unless a policy says otherwise; "warning" deserves a look; "note" is told.
+        error: what is raised.
+    """
+
+    what: str
+    fix: str = ""
+    severity: Severity = "error"
+    error: type[DetrBackboneError] = AnnotationError
+
+
+KINDS: Mapping[str, Kind] = {
+    # the annotation file
+    "file_unreadable": Kind(what="annotation file cannot be read"),
+    "structure": Kind(what="file is not a COCO dataset"),
+    "no_images": Kind(what="dataset has no images", error=DataError),
+    "id_malformed": Kind(what="entry has no integer id"),
+    "duplicate_image": Kind(what="image id is used twice"),
+    "file_name_malformed": Kind(what="image has no file name"),
+    "image_size_malformed": Kind(what="image has no size"),
+    "duplicate_category": Kind(what="category id is used twice"),
+    "category_name_malformed": Kind(what="category has no name"),
+    "reference_malformed": Kind(what="annotation does not say what it belongs to"),
+    "unknown_image": Kind(what="annotation of an unknown image"),
+    "unknown_category": Kind(what="annotation of an unknown category"),
+    "duplicate_annotation": Kind(what="annotation id is used twice", fix="renumber the annotations"),
+    "box_malformed": Kind(what="box is malformed"),
+    "box_negative": Kind(what="box has a negative side", fix="write x, y, w, h instead of two corners"),
+    "area_malformed": Kind(what="area is not a size"),
+    "crowd_malformed": Kind(what="iscrowd is not a flag"),
+    "box_outside": Kind(what="box lies outside its image"),
+    "box_partly_outside": Kind(what="box reaches outside its image", severity="note"),
+    "boxes_moved": Kind(
+        what="many boxes reach far outside their images",
+        fix="compare the stated sizes with the pictures, and the boxes with x, y, w, h in pixels",
+        severity="warning",
+    ),
+    "box_without_area": Kind(what="box has no area", severity="warning"),
+    "segmentation_missing": Kind(what="annotation has no segmentation"),
+    "segmentation_malformed": Kind(what="segmentation is malformed"),
+    "segmentation_far": Kind(what="segmentation leaves its image"),
+    "segmentation_size": Kind(what="encoded mask is not of the size of its image"),
+    "segmentation_counts": Kind(what="encoded mask is not filled by its runs"),
+    # the files of the pictures
+    "path_outside": Kind(what="file name leads out of the images folder"),
+    "file_missing": Kind(what="image files are missing", fix="check the folder", error=DataError),
+    "duplicate_file": Kind(what="images share a file", fix="merge their annotations", severity="warning"),
+    "file_name_not_text": Kind(what="file name is not UTF-8 text", fix="rename the file", severity="warning"),
+    # the pictures
+    "picture_unreadable": Kind(what="picture cannot be read", error=DataError),
+    "picture_too_large": Kind(what="picture is too large", fix="downscale it", error=DataError),
+    "picture_size": Kind(what="stated size is not that of the picture"),
+    "picture_rotated": Kind(
+        what="picture is stored rotated", fix="look at its boxes, or store it upright", severity="warning"
+    ),
+    "picture_16_bit": Kind(what="16-bit grey is scaled by 1/257", severity="note"),
+    "picture_alpha": Kind(
+        what="transparency is dropped", fix="store the picture on the background it shall have", severity="warning"
+    ),
+    "picture_mode": Kind(what="picture is converted to RGB", severity="note"),
+    "picture_shape": Kind(
+        what="picture is tiny or extremely long", fix="see whether its objects can be found at all", severity="warning"
+    ),
+    "duplicate_picture": Kind(
+        what="files hold the same picture", fix="keep one, with the boxes of all", severity="warning"
+    ),
+    "shared_picture": Kind(
+        what="train and val share a picture", fix="keep it in one of them; the AP is too good", severity="warning"
+    ),
+    # what a detector is made for
+    "category_mismatch": Kind(what="train and val have other categories", error=ConfigError),
+    "category_gaps": Kind(what="category ids have gaps, labels count without", severity="note"),
+    "category_unused": Kind(what="category has no boxes to learn from", severity="warning"),
+    "duplicate_category_name": Kind(what="categories share a name", fix="merge or rename them", severity="warning"),
+    "image_without_boxes": Kind(what="image has no boxes", severity="note"),
+    "image_crowd_only": Kind(what="image has only crowds, which are not trained on", severity="note"),
+    "more_boxes_than_queries": Kind(
+        what="image has more boxes than queries", fix="raise detector.num_queries", severity="warning"
+    ),
+}
+"""Every kind by its name, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPolicies:
+    """What is done about a fault: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box.
+
+    Whatever is dropped or clamped is counted in the log of the training. A box that is outside, partly outside or
+    without area is dropped or clamped for training only: the evaluation takes every box as the file has it.
+
+    Args:
+        unknown_image: an annotation of an image that the file does not list.
+        unknown_category: an annotation of a category that the file does not list.
+        duplicate_annotation: an annotation id that is used again.
+        box_malformed: a box that is not four finite numbers.
+        box_negative: a box with a negative width or height.
+        area_malformed: an area that is not a number >= 0.
+        crowd_malformed: an `iscrowd` that is not 0 or 1.
+        box_outside: a box that lies outside its image altogether.
+        box_partly_outside: a box that reaches outside its image by more than a hundredth of a pixel.
+        box_without_area: a box of width or height 0.
+        segmentation_missing: no segmentation, where segmentations are asked for.
+        segmentation_malformed: neither polygons of three finite points or more nor a run-length encoding.
+        segmentation_far: a polygon that leaves its image by several of its sizes, or is too large to be drawn.
+        segmentation_size: a run-length encoding of another size than the image.
+        segmentation_counts: a run-length encoding whose runs do not fill its size.
+    """
+
+    unknown_image: Literal["error", "drop"] = "error"
+    unknown_category: Literal["error", "drop"] = "error"
+    duplicate_annotation: Literal["error", "drop"] = "error"
+    box_malformed: Literal["error", "drop"] = "error"
+    box_negative: Literal["error", "drop"] = "error"
+    area_malformed: Literal["error", "drop"] = "error"
+    crowd_malformed: Literal["error", "drop"] = "error"
+    box_outside: Literal["error", "drop"] = "error"
+    box_partly_outside: Literal["error", "clamp"] = "clamp"
+    box_without_area: Literal["error", "drop"] = "drop"
+    segmentation_missing: Literal["error", "drop"] = "error"
+    segmentation_malformed: Literal["error", "drop"] = "error"
+    segmentation_far: Literal["error", "drop"] = "error"
+    segmentation_size: Literal["error", "drop"] = "error"
+    segmentation_counts: Literal["error", "drop"] = "error"
+
+    def action(self, kind: str) -> str:
+        """What is done about a kind of fault: "error", "drop", "clamp", or "" for what is only told."""
+        return str(getattr(self, kind, "error" if KINDS[kind].severity == "error" else ""))
+
+
+DEFAULT_POLICIES = DataPolicies()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault, and where it is.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        where: file=, image_id=, ann_id=, key=, as far as they apply.
+        got: what stands there.
+        expected: what could stand there.
+    """
+
+    kind: str
+    where: str
+    got: str = ""
+    expected: str = ""
+
+    @property
+    def detail(self) -> str:
+        """Where it is and what came, without what all faults of its kind share."""
+        values = " ".join(
+            f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value
+        )
+        return f"{self.where} | {values}" if values else self.where
+
+    @property
+    def message(self) -> str:
+        """The whole of it in one line."""
+        kind = KINDS[self.kind]
+        return f"{kind.what} | where: {self.detail}" + (f" | fix: {kind.fix}" if kind.fix else "")
+
+    @property
+    def error(self) -> DetrBackboneError:
+        """The exception that refuses it."""
+        return KINDS[self.kind].error(self.message)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Findings:
+    """All faults of one kind in one list of records.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        count: how many there are.
+        examples: the first of them in words, at least one.
+        rows: int64 [count], the places in the list of annotations that have the fault; empty for other faults.
+    """
+
+    kind: str
+    count: int
+    examples: tuple[Finding, ...]
+    rows: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def found(kind: str, bad: npt.NDArray[np.bool_], word: Callable[[int], tuple[str, ...]]) -> list[Findings]:
+    """The findings of a kind where `bad` [N] is true, if any; `word` gives where, got and expected of a row."""
+    rows = np.flatnonzero(bad)
+    if not len(rows):
+        return []
+    examples = tuple(Finding(kind, *word(row)) for row in rows[:EXAMPLES].tolist())
+    return [Findings(kind=kind, count=len(rows), examples=examples, rows=rows)]
+
+
+def shortened(value: Any, length: int = 80) -> str:
+    """A value as errors show it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,75 @@
+"""Every fault of a dataset at once: python scripts/check_data.py --images data/val --annotations data/val.json."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from detr_backbone.coco.check import check_split, compare_splits
+from detr_backbone.coco.check_report import DataReport
+from detr_backbone.coco.findings import DataPolicies
+from detr_backbone.errors import ConfigError
+from detr_backbone.training import SplitConfig, parse_config, parse_options, plain_errors
+
+
+def main(
+    *,
+    images: str | None = None,
+    annotations: str | None = None,
+    config: str | None = None,
+    output: str | None = None,
+    policies: DataPolicies | None = None,
+    segmentations: bool = False,
+    decode: bool = True,
+    workers: int | None = None,
+) -> None:
+    """Check a dataset in COCO format before training; the exit code is 2 where training would refuse it.
+
+    Args:
+        images: the folder of the pictures.
+        annotations: the COCO file of the pictures.
+        config: instead of these two, a configuration whose splits, policies and number of queries are taken.
+        output: a file for the report as JSON.
+        policies: what is done about faults that need not be refused.
+        segmentations: the masks will be used, so that their faults are errors.
+        decode: open every picture.
+        workers: processes that open pictures; as many as there are processors if left out.
+    """
+    if (images is None) != (annotations is None) or (images is None) == (config is None):
+        raise ConfigError("give --images and --annotations, or --config")
+    splits, num_queries = {"data": SplitConfig(images=str(images), annotations=str(annotations))}, None
+    if config is not None:
+        settings = parse_config(["--config", config])
+        splits, num_queries = {"train": settings.data.train, "val": settings.data.val}, settings.detector.num_queries
+        policies = settings.data.policies if policies is None else policies
+    checked = [
+        check_split(
+            split.images,
+            split.annotations,
+            name=name,
+            num_queries=num_queries,
+            decode=decode,
+            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+            progress=show_progress,
+        )
+        for name, split in splits.items()
+    ]
+    if len(checked) == 2:
+        checked[1] = compare_splits(*checked)
+    report = DataReport(splits=checked, policies=policies or DataPolicies(), segmentations=segmentations)
+    print(report.table())
+    if output is not None:
+        Path(output).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    if report.count("error"):
+        raise SystemExit(2)
+
+
+def show_progress(done: int, total: int) -> None:
+    """Say on a terminal how many pictures were opened."""
+    if sys.stderr.isatty():
+        print(f"\r{done} of {total} pictures opened", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(**parse_options(main))
