@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from detr_backbone.coco.backends import Backend
+from detr_backbone.coco.intervals import bootstrap
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import (
@@ -28,6 +30,8 @@ def main(
     images: str | None = None,
     annotations: str | None = None,
     output: str | None = None,
+    backend: Backend | None = None,
+    intervals: int = 1000,
 ) -> None:
     """Evaluate a detector on a dataset in COCO format.
 
@@ -37,6 +41,8 @@ def main(
         images: the folder of the pictures; the validation split of the configuration if left out.
         annotations: the COCO file of the pictures.
         output: a folder for the numbers (results.json) and all detections (detections.json).
+        backend: the library that computes the numbers; that of the configuration if left out. All give the same.
+        intervals: resamples of the images for the 95 % intervals; 0 leaves them out.
     """
     if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
         raise ConfigError("give --checkpoint or --config, and --images and --annotations together or not at all")
@@ -57,14 +63,19 @@ def main(
         raise ConfigError(
             f"the dataset must have the categories of the checkpoint, {loaded.categories}, got {dataset.categories}"
         )
+    if backend is not None:
+        settings = replace(settings, data=replace(settings.data, eval_backend=backend))
     postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
     result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)
     if accelerator.is_main_process:
-        print(result)
+        sure = bootstrap(evaluator.matches(), resamples=intervals) if intervals else None
+        print(result.table(sure))
         if output is not None:
             folder = Path(output)
             folder.mkdir(parents=True, exist_ok=True)
             numbers = {"stats": dict(result.stats), "per_class": dict(result.per_class), "images": result.num_images}
+            if sure is not None:
+                numbers["intervals"] = sure.to_dict()
             (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
             (folder / "detections.json").write_text(json.dumps(evaluator.detections), encoding="utf-8")
     accelerator.free_memory()

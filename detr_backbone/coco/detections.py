@@ -1,6 +1,6 @@
 """What a detector found in a dataset, checked and packed into arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,17 @@ def places_of(ids: npt.NDArray[np.int64], known: npt.NDArray[np.int64], key: str
     Raises:
         EvaluationError: ids are not known.
     """
-    unknown = np.setdiff1d(ids, known)
-    if len(unknown):
+    refuse_unknown(np.unique(ids).tolist(), known.tolist(), key, where)
+    return np.searchsorted(known, ids).astype(np.int64)
+
+
+def refuse_unknown(ids: Iterable[int], known: Collection[int], key: str, where: str) -> None:
+    """Raise an EvaluationError for ids that are not among the known ones."""
+    if unknown := sorted(set(ids).difference(known)):
         raise EvaluationError(
             f"ids are not in the ground truth | where: {where} key={key} | got {len(unknown)} unknown, "
-            f"first {unknown[:5].tolist()} expected among the {len(known)} listed"
+            f"first {unknown[:5]} expected among the {len(known)} listed"
         )
-    return np.searchsorted(known, ids).astype(np.int64)
 
 
 def _column(entries: list[Any], key: str, shape: tuple[int, ...], where: str) -> npt.NDArray[np.float64]:
