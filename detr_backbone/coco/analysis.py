@@ -43,7 +43,8 @@ class Curves:
     @property
     def average_precision(self) -> Numbers:
         """float64 [T, K]."""
-        return self.precision.mean(axis=1)
+        aps: Numbers = self.precision.mean(axis=1)
+        return aps
 
 
 @dataclass(frozen=True, kw_only=True)

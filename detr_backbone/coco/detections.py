@@ -1,6 +1,6 @@
 """What a detector found in a dataset, checked and packed into arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,9 @@ def load_detections(path: Path | str, annotations: CocoAnnotations) -> Detection
     where = f"file={path}"
     if not isinstance(content, list):
         raise EvaluationError(f"results are not a list | where: {where} | got {type(content).__name__}")
-    columns = [_column(content, key, shape, where) for key, shape in (("image_id", ()), ("category_id", ()))]
-    image_ids, category_ids = (column.astype(np.int64) for column in columns)
-    scores, boxes = _column(content, "score", (), where), _column(content, "bbox", (4,), where)
-    for key, ids, integers in zip(("image_id", "category_id"), columns, (image_ids, category_ids), strict=True):
-        if wrong := np.flatnonzero(ids != integers).tolist():
-            raise EvaluationError(
-                f"id is not an integer | where: {where} index={wrong[0]} key={key} | got {ids[wrong[0]]}"
-            )
+    image_ids, category_ids = (_column(content, key, "an integer", where) for key in ("image_id", "category_id"))
+    scores, boxes = _column(content, "score", "a number", where), _column(content, "bbox", "four numbers", where)
+    boxes = boxes.reshape(-1, 4)
     if wrong := np.flatnonzero((boxes[:, 2:] < 0).any(axis=1)).tolist():
         raise EvaluationError(
             f"box has a negative side | where: {where} index={wrong[0]} key=bbox | got {boxes[wrong[0]].tolist()} "
@@ -85,31 +80,35 @@ def places_of(ids: npt.NDArray[np.int64], known: npt.NDArray[np.int64], key: str
     Raises:
         EvaluationError: ids are not known.
     """
-    unknown = np.setdiff1d(ids, known)
-    if len(unknown):
-        raise EvaluationError(
-            f"ids are not in the ground truth | where: {where} key={key} | got {len(unknown)} unknown, "
-            f"first {unknown[:5].tolist()} expected among the {len(known)} listed"
-        )
+    refuse_unknown(np.unique(ids).tolist(), known.tolist(), key, where)
     return np.searchsorted(known, ids).astype(np.int64)
 
 
-def _column(entries: list[Any], key: str, shape: tuple[int, ...], where: str) -> npt.NDArray[np.float64]:
-    """One field of every entry as finite numbers [M, *shape]."""
-    expected = "four numbers x, y, w, h" if shape else "a number"
-    try:
-        values = np.array([entry[key] for entry in entries], dtype=np.float64).reshape(len(entries), *shape)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        for index, entry in enumerate(entries):
-            got = entry.get(key) if isinstance(entry, Mapping) else entry
-            numbers = got if shape and isinstance(got, list) else [got]
-            if len(numbers) != (shape or (1,))[0] or not all(type(number) in (int, float) for number in numbers):
-                raise EvaluationError(
-                    f"detection is malformed | where: {where} index={index} key={key} | got {got!r} expected {expected}"
-                ) from None
-        raise
-    if wrong := np.flatnonzero(~np.isfinite(values.reshape(len(entries), -1)).all(axis=1)).tolist():
+def refuse_unknown(ids: Iterable[int], known: Collection[int], key: str, where: str) -> None:
+    """Raise an EvaluationError for ids that are not among the known ones."""
+    if unknown := sorted(set(ids).difference(known)):
         raise EvaluationError(
-            f"number is not finite | where: {where} index={wrong[0]} key={key} | got {values[wrong[0]]}"
+            f"ids are not in the ground truth | where: {where} key={key} | got {len(unknown)} unknown, "
+            f"first {unknown[:5]} expected among the {len(known)} listed"
         )
-    return values
+
+
+def _column(entries: list[Any], key: str, expected: str, where: str) -> npt.NDArray[Any]:
+    """One field of every entry: int64 [M], float64 [M] or, of four numbers, float64 [M, 4]; all finite."""
+    values = [entry.get(key) if isinstance(entry, Mapping) else None for entry in entries]
+    types = {int} if expected == "an integer" else {int, float}
+    for index, value in enumerate(values):
+        numbers = value if expected == "four numbers" and isinstance(value, list) else [value]
+        if len(numbers) != (4 if expected == "four numbers" else 1) or not types.issuperset(map(type, numbers)):
+            raise EvaluationError(
+                f"detection is malformed | where: {where} index={index} key={key} | got {value!r} expected {expected}"
+            )
+    try:
+        column = np.array(values, dtype=np.int64 if types == {int} else np.float64)
+    except OverflowError as error:
+        raise EvaluationError(f"number is too large | where: {where} key={key} | got {error}") from error
+    if wrong := np.flatnonzero(~np.isfinite(column.reshape(len(values), -1)).all(axis=1)).tolist():
+        raise EvaluationError(
+            f"number is not finite | where: {where} index={wrong[0]} key={key} | got {column[wrong[0]]}"
+        )
+    return column

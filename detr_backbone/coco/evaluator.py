@@ -7,27 +7,24 @@ images to expect, refuses predictions that are not boxes, and hands out ids of i
 Source: https://cocodataset.org/#detection-eval
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict, get_args
+from typing import Any, NotRequired, TypedDict, get_args
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from detr_backbone.coco.annotations import CocoAnnotations, load_annotations, parse_annotations
 from detr_backbone.coco.average_precision import STATS
 from detr_backbone.coco.backends import Backend, Regions, numbers_of
-from detr_backbone.coco.box_format import conversion_of, refuse_other_formats
-from detr_backbone.coco.detections import Detections
-from detr_backbone.coco.masks import encoded_masks
-from detr_backbone.coco.matching import Matches, match, segmentations_of
+from detr_backbone.coco.box_format import refuse_other_formats
+from detr_backbone.coco.detections import Detections, load_detections, refuse_unknown
+from detr_backbone.coco.intervals import Interval, Intervals
+from detr_backbone.coco.matching import IouType, Matches, match, segmentations_of
+from detr_backbone.coco.predictions import Found, checked_prediction
 from detr_backbone.coco.segmentations import EncodedMask
 from detr_backbone.errors import EvaluationError
-
-IouType: TypeAlias = Literal["bbox", "segm"]
 
 
 class Detection(TypedDict):
@@ -58,25 +55,17 @@ class CocoResult:
     num_images: int
     num_expected: int
 
-    def table(self) -> str:
-        """The numbers as lines of text, in percent, `-` where there is no ground truth."""
+    def table(self, intervals: Intervals | None = None) -> str:
+        """The numbers as lines of text, in percent, `-` where there is no ground truth; with their intervals."""
         lines = [f"images {self.num_images} of {self.num_expected}"]
-        for numbers in (self.stats, self.per_class):
+        ranges = ({}, {}) if intervals is None else (intervals.stats, intervals.per_class)
+        for numbers, around in zip((self.stats, self.per_class), ranges, strict=True):
             width = max(map(len, numbers))
-            lines += [f"{name:<{width}} {_percent(value)}" for name, value in numbers.items()]
+            lines += [f"{name:<{width}} {_percent(value)}{_range(around.get(name))}" for name, value in numbers.items()]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
-
-
-class _Found(NamedTuple):
-    """The detections in one image; the fields are those of `Detections`."""
-
-    labels: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-    boxes: npt.NDArray[np.float64]
-    masks: list[EncodedMask] | None
 
 
 class CocoEvaluator:
@@ -119,9 +108,9 @@ class CocoEvaluator:
         self.image_ids: tuple[int, ...] = tuple(known_ids if image_ids is None else sorted(set(image_ids)))
         self._expected = frozenset(self.image_ids)
         self._source = f"file={annotations.source}"
-        _refuse_unknown(self.image_ids, known_ids, "image_ids", self._source)
+        refuse_unknown(self.image_ids, known_ids, "image_ids", self._source)
         self._places = {image_id: place for place, image_id in enumerate(known_ids)}
-        self._found: dict[int, _Found] = {}
+        self._found: dict[int, Found] = {}
 
     def update(self, predictions: Mapping[int, Mapping[str, Any]]) -> None:
         """Add the predictions of some images, all of them or none.
@@ -135,19 +124,44 @@ class CocoEvaluator:
             EvaluationError: an image is not expected or was seen before; a category is unknown; lengths do not fit;
                 a number is not finite; a box ends before it starts; a mask is not of its image's size.
         """
-        _refuse_unknown(predictions, self._expected, "image_id", self._source)
+        refuse_unknown(predictions, self._expected, "image_id", self._source)
         if again := [image_id for image_id in predictions if image_id in self._found]:
             raise EvaluationError(
                 f"images were evaluated before | where: {self._source} image_id={again[0]} | got {len(again)} again, "
                 f"first {again[:5]} | fix: use a sampler that repeats none"
             )
-        self._found |= {image_id: self._checked(image_id, fields) for image_id, fields in predictions.items()}
+        self._found |= {image_id: self._found_in(image_id, fields) for image_id, fields in predictions.items()}
+
+    def load(self, path: Path | str) -> None:
+        """Add the boxes of a COCO results file; an expected image that it does not name has no detections.
+
+        Raises:
+            EvaluationError: as `load_detections`, or as `update`.
+        """
+        found = load_detections(path, self.annotations)
+        known_ids = self.annotations.image_ids
+        refuse_unknown(np.unique(known_ids[found.image_index]).tolist(), self._expected, "image_id", f"file={path}")
+        order = np.argsort(found.image_index, kind="stable")
+        ends = np.searchsorted(found.image_index[order], np.arange(len(known_ids) + 1))
+        for image_id in self.image_ids:
+            rows = order[ends[self._places[image_id]] : ends[self._places[image_id] + 1]]
+            self._found[image_id] = Found(found.labels[rows], found.scores[rows], found.boxes[rows], None)
+
+    def _found_in(self, image_id: int, fields: Mapping[str, Any]) -> Found:
+        place = self._places[image_id]
+        return checked_prediction(
+            fields,
+            category_ids=self.annotations.category_ids,
+            size=tuple(self.annotations.sizes[place].tolist()),
+            iou_type=self.iou_type,
+            where=f"{self._source} image_id={image_id}",
+        )
 
     @property
     def collected(self) -> Detections:
         """Everything collected, packed into arrays."""
         image_ids = sorted(self._found)
-        nothing = _Found(np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)), [])
+        nothing = Found(np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)), [])
         labels, scores, boxes, masks = zip(*(self._found[i] for i in image_ids), nothing, strict=True)
         places = np.array([self._places[image_id] for image_id in image_ids], dtype=np.int64)
         return Detections(
@@ -243,59 +257,12 @@ class CocoEvaluator:
             refuse_other_formats(self.annotations, collected, self._source)
         return collected
 
-    def _checked(self, image_id: int, fields: Mapping[str, Any]) -> _Found:
-        where = f"{self._source} image_id={image_id}"
-        regions = "boxes" if self.iou_type == "bbox" else "masks"
-        if missing := [key for key in ("scores", "labels", regions) if key not in fields]:
-            raise EvaluationError(
-                f"prediction lacks {missing} | where: {where} key={missing[0]} | got {sorted(fields)}"
-            )
-        scores, labels = (fields[key].detach().cpu() for key in ("scores", "labels"))
-        count = scores.numel()
-        _check_tensor(scores, [count], f"{where} key=scores")
-        _check_tensor(labels, [count], f"{where} key=labels")
-        if labels.is_floating_point():
-            raise EvaluationError(f"category ids are not integers | where: {where} key=labels | got {labels.dtype}")
-        _refuse_unknown(labels.tolist(), self.annotations.category_ids, "labels", where)
-        boxes, masks = np.zeros((count, 4)), None
-        if self.iou_type == "segm":
-            size = self.annotations.sizes[self._places[image_id]].tolist()
-            masks, boxes = encoded_masks(fields["masks"], count=count, size=size, where=f"{where} key=masks")
-        else:
-            corners = fields["boxes"].detach().cpu()
-            _check_tensor(corners, [count, 4], f"{where} key=boxes")
-            boxes = _xywh(corners.double(), f"{where} key=boxes")
-        places = np.searchsorted(self.annotations.category_ids, labels.numpy())
-        return _Found(places, scores.double().numpy(), boxes, masks)
-
-
-def _check_tensor(tensor: Tensor, shape: list[int], where: str) -> None:
-    if list(tensor.shape) != shape:
-        raise EvaluationError(f"lengths do not fit | where: {where} | got {list(tensor.shape)} expected {shape}")
-    if bad := int((~torch.isfinite(tensor)).sum()):
-        raise EvaluationError(f"numbers are not finite | where: {where} | got {bad} of {tensor.numel()}")
-
-
-def _xywh(corners: Tensor, where: str) -> npt.NDArray[np.float64]:
-    """Boxes [M, 4], xyxy, as xywh."""
-    sides = corners[:, 2:] - corners[:, :2]
-    if wrong := (sides < 0).any(dim=1).nonzero().flatten().tolist():
-        raise EvaluationError(
-            f"box ends before it starts | where: {where} index={wrong[0]} | got {corners[wrong[0]].tolist()}, so do "
-            f"{len(wrong)} of {len(corners)} boxes of the image, expected x1, y1, x2, y2 with x1 <= x2 and y1 <= y2 | "
-            f"fix: {conversion_of(corners)}"
-        )
-    boxes: npt.NDArray[np.float64] = torch.cat([corners[:, :2], sides], dim=1).numpy()
-    return boxes
-
-
-def _refuse_unknown(ids: Mapping[int, Any] | Sequence[int], known: Collection[int], key: str, where: str) -> None:
-    if unknown := sorted(set(ids).difference(known)):
-        raise EvaluationError(
-            f"ids are not in the ground truth | where: {where} key={key} | got {len(unknown)} unknown, "
-            f"first {unknown[:5]} expected among the {len(known)} listed"
-        )
-
 
 def _percent(value: float) -> str:
     return "    -" if value < 0 else f"{100 * value:5.1f}"
+
+
+def _range(interval: Interval | None) -> str:
+    if interval is None or math.isnan(interval.low):
+        return ""
+    return f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -22,6 +22,8 @@ from detr_backbone.errors import EvaluationError
 Rows: TypeAlias = npt.NDArray[np.int64]
 Regions: TypeAlias = npt.NDArray[np.float64] | list[EncodedMask]
 
+IouType: TypeAlias = Literal["bbox", "segm"]
+"""Whether boxes or masks are compared."""
 AREAS = ("all", "small", "medium", "large")
 AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
 """Least and largest area in square pixels, both included."""
@@ -105,7 +107,7 @@ def match(
     detections: Detections,
     *,
     image_ids: Sequence[int] | None = None,
-    iou_type: Literal["bbox", "segm"] = "bbox",
+    iou_type: IouType = "bbox",
 ) -> Matches:
     """Match detections to objects as pycocotools does.
 

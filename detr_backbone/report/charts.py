@@ -39,12 +39,10 @@ def interval_bar(value: Number, low: Number, high: Number) -> str:
     )
 
 
-def step_lines(
-    recall: Sequence[float], lines: Sequence[tuple[str, Sequence[Number]]], *, title: str, x: str, y: str
-) -> str:
+def step_lines(recall: Sequence[float], lines: Sequence[tuple[str, Sequence[Number]]], *, title: str) -> str:
     """Lines of precision over recall, both 0 to 1, with their names; a line of None is left out."""
     drawn = "".join(
-        f'<path class="line s{place}" d="{_steps(recall, values, *_frame())}"/>'
+        f'<path class="line s{place}" d="{_steps(recall, values, _frame())}"/>'
         for place, (_, values) in enumerate(lines)
         if values[0] is not None
     )
@@ -53,13 +51,13 @@ def step_lines(
         f"{_text(WIDTH - 100, 32 + 17 * place, name)}</g>"
         for place, (name, _) in enumerate(lines)
     )
-    return _svg(WIDTH, HEIGHT, title, _axes(x, y) + drawn + names)
+    return _svg(WIDTH, HEIGHT, title, _axes("recall", "precision") + drawn + names)
 
 
 def spark_steps(recall: Sequence[float], lines: Sequence[Sequence[Number]], *, title: str) -> str:
     """The same as a small picture without axes but its frame."""
     frame = (1, 1, 118, 68)
-    drawn = "".join(f'<path class="line s{i}" d="{_steps(recall, values, *frame)}"/>' for i, values in enumerate(lines))
+    drawn = "".join(f'<path class="line s{i}" d="{_steps(recall, values, frame)}"/>' for i, values in enumerate(lines))
     return _svg(120, 70, title, f'<rect class="frame" x="0.5" y="0.5" width="119" height="69"/>{drawn}')
 
 
@@ -73,7 +71,7 @@ def signed_bars(rows: Sequence[tuple[str, Number]], *, title: str) -> str:
         y = 6 + 26 * place
         parts.append(_text(left - 8, y + 14, name, "end"))
         length = 0 if value is None else max(0.0, room * value / most)
-        parts.append(f'<rect class="bar s{place}" x="{left}" y="{y}" width="{length:.1f}" height="19" rx="2"/>')
+        parts.append(f'<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" height="19" rx="2"/>')
         parts.append(_text(left + length + 6, y + 14, percent(value, sign=True), number=True))
     height = 6 + 26 * len(rows)
     return _svg(WIDTH, height, title, "".join(parts) + _line(left, 2, left, height - 3, "axis"))
@@ -98,7 +96,7 @@ def reliability(
         top = y0 + height * (1 - share)
         tip = f"{count} detections: mean score {percent(score)} %, right {percent(share)} %"
         bars.append(
-            f'<rect class="bar s0" x="{place + 1:.1f}" y="{top:.1f}" width="{wide - 2:.1f}" '
+            f'<rect class="bar" x="{place + 1:.1f}" y="{top:.1f}" width="{wide - 2:.1f}" '
             f'height="{height * share:.1f}"><title>{tip}</title></rect>'
             f'<circle class="dot" cx="{x0 + width * score:.1f}" cy="{top:.1f}" r="3.5"><title>{tip}</title></circle>'
         )
@@ -115,8 +113,15 @@ def reliability(
     return _svg(WIDTH, HEIGHT + 68, title, body)
 
 
-def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, title: str) -> str:
-    """Counts with names of rows and columns; a cell is as strong as its share of the row."""
+def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, mixed: str, title: str) -> str:
+    """Counts with names of rows and columns; a cell is as strong as its share of the row.
+
+    Args:
+        names: of the rows, and of the columns.
+        counts: by row.
+        mixed: the name of several classes together, whose cell on the diagonal is neither right nor wrong.
+        title: of the chart.
+    """
     longest = max(len(_short(name)) for name in names)
     left, top = 14 + 6.6 * longest, 14 + 4.7 * longest
     parts = []
@@ -126,7 +131,7 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, title: str)
         for column, (found, count) in enumerate(zip(names, line, strict=True)):
             x = left + _CELL * column
             share = count / max(1, sum(line))
-            kind = "hit" if row == column else "slip"
+            kind = "slip" if row != column else "mixed" if truth == mixed else "hit"
             strength = 0.0 if not count else 0.1 + 0.5 * share
             tip = f"{escape(truth)} found as {escape(found)}: {count} of {sum(line)}"
             parts.append(
@@ -176,8 +181,9 @@ def _axes(x: str, y: str) -> str:
     return "".join(parts)
 
 
-def _steps(recall: Sequence[float], values: Sequence[Number], x0: float, y0: float, width: float, height: float) -> str:
+def _steps(recall: Sequence[float], values: Sequence[Number], frame: tuple[int, int, int, int]) -> str:
     """The path of a curve that falls in steps, with a corner only where it falls."""
+    x0, y0, width, height = frame
     points: list[str] = []
     before: float | None = None
     for x, value in zip(recall, values, strict=True):

@@ -17,16 +17,16 @@ from detr_backbone.coco.analysis import (
     right_and_wrong,
 )
 from detr_backbone.coco.annotations import CocoAnnotations
-from detr_backbone.coco.average_precision import RECALLS
+from detr_backbone.coco.average_precision import RECALLS, STATS, average_precision
 from detr_backbone.coco.detections import Detections
 from detr_backbone.coco.error_kinds import KINDS, Mistakes
-from detr_backbone.coco.intervals import Interval, bootstrap
-from detr_backbone.coco.matching import AREA_RANGES, AREAS, IOU_THRESHOLDS, Matches
+from detr_backbone.coco.intervals import Interval, Intervals
+from detr_backbone.coco.matching import AREA_RANGES, AREAS, Matches
 
 Summary: TypeAlias = dict[str, Any]
 """Dicts, lists, strings, numbers, and None for a number that does not exist."""
 
-STAT_MEANINGS = {
+MEANINGS = {
     "AP": "average precision, mean over the IoU thresholds 0.50 to 0.95 and the classes",
     "AP50": "at IoU 0.50: found, though perhaps not tightly",
     "AP75": "at IoU 0.75: found, with a tight box",
@@ -53,8 +53,7 @@ def summarise(
     title: str,
     origin: Mapping[str, str],
     config: str = "",
-    resamples: int = 1000,
-    seed: int = 0,
+    intervals: Intervals | None = None,
 ) -> Summary:
     """The numbers of a report, between 0 and 1 where they are shares.
 
@@ -66,10 +65,16 @@ def summarise(
         title: of the report.
         origin: where the numbers come from, by name.
         config: of the detector, as text.
-        resamples: draws of images behind the intervals.
-        seed: of the draws.
+        intervals: of the numbers.
     """
-    intervals = bootstrap(matches, resamples=resamples, seed=seed)
+    numbers = average_precision(matches)
+    low_high = (None, None) if intervals is None else (intervals.stats, intervals.per_class)
+    stats, aps = (
+        {name: _interval(value, around, name) for name, value in zip(names, values[:, 0].tolist(), strict=True)}
+        for names, values, around in zip(
+            (STATS, annotations.category_names), (numbers.stats, numbers.per_class), low_high, strict=True
+        )
+    )
     curve, point = curves(matches), operating_point(matches)
     scores = image_scores(matches, score=point.score)
     calibrated = calibration(matches)
@@ -80,15 +85,15 @@ def summarise(
         "objects": int(objects[0].sum()),
         "crowds": int(matches.object_ignored[0].sum()),
         "detections": len(matches.scores),
-        "level": intervals.level,
-        "resamples": intervals.resamples,
-        "stats": {name: _interval(interval) for name, interval in intervals.stats.items()},
+        "level": None if intervals is None else intervals.level,
+        "resamples": None if intervals is None else intervals.resamples,
+        "stats": stats,
         "classes": [
             {
                 "name": name,
                 "category_id": category_id,
                 "objects": int(curve.objects[label]),
-                "AP": _interval(intervals.per_class[name]),
+                "AP": aps[name],
                 "AP50": curve.average_precision[0, label],
                 "AP75": curve.average_precision[5, label],
                 "AR": curve.recall[:, label].mean(),
@@ -103,15 +108,15 @@ def summarise(
                 "least_area": least,
                 "most_area": most,
                 "objects": int(there.sum()),
-                "AP": _interval(intervals.stats[f"AP_{name}"]),
-                "AR": _interval(intervals.stats[f"AR_{name}"]),
+                "AP": stats[f"AP_{name}"],
+                "AR": stats[f"AR_{name}"],
             }
             for name, (least, most), there in zip(AREAS[1:], AREA_RANGES[1:].tolist(), objects[1:], strict=True)
         ],
         "curves": {
             "recall": RECALLS,
             "precision": {
-                name: {"mean": _mean_over_classes(values), "classes": values.T}
+                name: {"mean": _mean_over_classes(values), "classes": values.T.round(4)}
                 for name, values in (
                     ("0.50", curve.precision[0]),
                     ("0.75", curve.precision[5]),
@@ -177,12 +182,13 @@ def _mean_over_classes(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float6
     return mean
 
 
-def _interval(interval: Interval) -> Summary:
-    return {"value": interval.estimate, "low": interval.low, "high": interval.high}
+def _interval(value: float, intervals: Mapping[str, Interval] | None, name: str) -> Summary:
+    low, high = (None, None) if intervals is None else (intervals[name].low, intervals[name].high)
+    return {"value": value, "low": low, "high": high}
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: lists for arrays, None for NaN, numbers of six digits after the point."""
+    """What JSON can hold: lists for arrays, None for NaN."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
@@ -190,5 +196,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 6)
+        return None if math.isnan(value) else value
     return value

@@ -19,7 +19,7 @@ from detr_backbone.coco.matching import Matches
 SIDE = 420
 """Pixels of the longer side of a picture on the page."""
 _CROWDED = 8  # boxes from which only those that are wrong have words
-_FONT = 11.0
+_FONT, _LINE = 11.0, 14.0  # pixels of the words, and of the ground they stand on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def marks(
     objects = []
     for i in matches.object_index[matches.object_image_index == place].tolist():
         kind = "other" if annotations.is_crowd[i] else "right" if i in found else "wrong"
-        word = {"other": " (crowd)", "right": "", "wrong": " (missed)"}[kind]
+        word = {"other": " (crowd)", "right": "", "wrong": " (not found)"}[kind]
         objects.append(Mark(box=annotations.boxes[i].tolist(), words=names[annotations.labels[i]] + word, kind=kind))
     kinds = list(KINDS)
     detected = []
@@ -104,26 +104,33 @@ def _tally(boxes: Sequence[Mark]) -> str:
 def _drawn(boxes: Sequence[Mark], scale: float, width: int, height: int) -> str:
     """Boxes first, words above all of them."""
     shapes, words = [], []
+    taken: list[tuple[float, float, float]] = []
     for mark in boxes:
         left, top = (max(1.0, side * scale) for side in mark.box[:2])
         right = min(width - 1.0, (mark.box[0] + mark.box[2]) * scale)
         bottom = min(height - 1.0, (mark.box[1] + mark.box[3]) * scale)
-        corner = (
-            f'x="{left:.1f}" y="{top:.1f}" width="{max(0.0, right - left):.1f}" height="{max(0.0, bottom - top):.1f}"'
-        )
+        sides = f'width="{max(0.0, right - left):.1f}" height="{max(0.0, bottom - top):.1f}"'
+        corner = f'x="{left:.1f}" y="{top:.1f}" {sides}'
         tip = f"<title>{escape(mark.words)}</title>"
         shapes.append(f'<g class="{mark.kind}">{tip}<rect class="halo" {corner}/><rect class="box" {corner}/></g>')
         if len(boxes) < _CROWDED or mark.kind != "right":
-            words.append(_label(mark, left, top, width, height))
+            wide = 0.58 * _FONT * len(mark.words) + 6
+            x = max(0.0, min(left - 1, width - wide))
+            y = _free_height(x, wide, (top - _LINE, top, bottom - _LINE, bottom), taken, height - _LINE)
+            taken.append((x, y, wide))
+            words.append(
+                f'<g class="{mark.kind} words"><rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{_LINE:.1f}"/>'
+                f'<text x="{x + 3:.1f}" y="{y + _FONT - 0.5:.1f}">{escape(mark.words)}</text></g>'
+            )
     return "".join(shapes + words)
 
 
-def _label(mark: Mark, left: float, top: float, width: int, height: int) -> str:
-    """The words above the box, or within it where there is no room, on a ground of the box's colour."""
-    wide, high = 0.56 * _FONT * len(mark.words) + 6, _FONT + 3
-    x = max(0.0, min(left - 1, width - wide))
-    y = min(top - high if top >= high else top, height - high)
-    return (
-        f'<g class="{mark.kind} words"><rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high:.1f}"/>'
-        f'<text x="{x + 3:.1f}" y="{y + _FONT - 0.5:.1f}">{escape(mark.words)}</text></g>'
-    )
+def _free_height(
+    x: float, wide: float, heights: Sequence[float], taken: Sequence[tuple[float, float, float]], lowest: float
+) -> float:
+    """The first of some heights within the picture at which words cover no others, or else the first within it."""
+    within = [y for y in heights if 0 <= y <= lowest] or [0.0]
+    for y in within:
+        if not any(abs(y - other_y) < _LINE and x < at + w and at < x + wide for at, other_y, w in taken):
+            return y
+    return within[0]

@@ -10,6 +10,7 @@ from detr_backbone.coco.annotations import CocoAnnotations
 from detr_backbone.coco.detections import Detections
 from detr_backbone.coco.error_kinds import KINDS, mistakes
 from detr_backbone.coco.images import read_image
+from detr_backbone.coco.intervals import Intervals
 from detr_backbone.coco.matching import Matches
 from detr_backbone.report.charts import percent
 from detr_backbone.report.content import Summary, summarise
@@ -30,8 +31,7 @@ def write_report(
     origin: Mapping[str, str],
     images: Path | str | None = None,
     config: str = "",
-    resamples: int = 1000,
-    seed: int = 0,
+    intervals: Intervals | None = None,
 ) -> Path:
     """Write report.html, report.md, report.json and report.csv, and give the page's path.
 
@@ -44,8 +44,7 @@ def write_report(
         origin: where the numbers come from, by name; see `detr_backbone.report.origin`.
         images: the folder of the pictures; without it the page shows none.
         config: of the detector, as text.
-        resamples: draws of images behind the intervals.
-        seed: of the draws.
+        intervals: of the numbers.
     """
     found = mistakes(annotations, detections, matches)
     summary = summarise(
@@ -56,8 +55,7 @@ def write_report(
         title=title,
         origin=origin,
         config=config,
-        resamples=resamples,
-        seed=seed,
+        intervals=intervals,
     )
     ranking = summary["ranking"]
     chosen = {"The worst": ranking[:WORST], "The best": ranking[WORST:][-BEST:][::-1]}
@@ -90,14 +88,15 @@ def write_report(
 
 
 def class_table(summary: Summary) -> str:
-    """The classes as CSV; numbers between 0 and 1, empty where there is none."""
+    """The classes as CSV; numbers between 0 and 1 with six digits, empty where there is none."""
     keys = ("category_id", "name", "objects", "AP", "AP_low", "AP_high", "AP50", "AP75", "AR")
     text = io.StringIO()
     writer = csv.DictWriter(text, keys)
     writer.writeheader()
     for row in summary["classes"]:
         interval = {"AP": row["AP"]["value"], "AP_low": row["AP"]["low"], "AP_high": row["AP"]["high"]}
-        writer.writerow({**row, **interval})
+        cells = {**row, **interval}
+        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in cells.items()})
     return text.getvalue()
 
 
@@ -107,8 +106,8 @@ def markdown(summary: Summary) -> str:
     error = "-" if summary["calibration"] is None else percent(summary["calibration"]["error"])
     sections = [
         f"# {_plain(summary['title'])}",
-        f"{summary['images']} images, {summary['objects']} objects, {summary['detections']} detections; numbers in percent, "
-        f"with intervals of {100 * summary['level']:.0f} % from {summary['resamples']} draws of images.",
+        f"{summary['images']} images, {summary['objects']} objects, {summary['detections']} detections. Numbers are in "
+        "percent; low and high are those of the interval.",
         _table(("number", "value", "low", "high"), ((name, *_interval(row)) for name, row in summary["stats"].items())),
         "## Classes",
         _table(
@@ -141,11 +140,11 @@ def markdown(summary: Summary) -> str:
             ),
         ),
         "## Score",
-        f"Best F1 {percent(point['f1'])} from a score of {point['score']:.3f}: precision {percent(point['precision'])}, "
-        f"recall {percent(point['recall'])}. Expected calibration error {error}.",
+        f"Best F1 {percent(point['f1'])} from a score of {point['score']:.3f}: precision {percent(point['precision'])}"
+        f", recall {percent(point['recall'])}. Expected calibration error {error}.",
         "## Worst images",
         _table(
-            ("image", "F1", "found", "missed", "wrong"),
+            ("image", "F1", "found", "not found", "wrong"),
             (
                 (row["file_name"], percent(row["f1"]), row["right"], row["missed"], row["wrong"])
                 for row in summary["ranking"][:WORST]

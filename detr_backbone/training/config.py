@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
@@ -40,6 +41,8 @@ class DataConfig:
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
         num_workers: processes that read images; 0 reads them in the training process.
+        eval_backend: the library that computes COCO's numbers; all give the same, and the last two are faster and need
+            `pip install detr_backbone[fast-eval]`.
     """
 
     train: SplitConfig = field(default_factory=SplitConfig)
@@ -48,6 +51,7 @@ class DataConfig:
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
     num_workers: int = 2
+    eval_backend: Backend = "pycocotools"
 
     def __post_init__(self) -> None:
         for key, least in (("batch_size", 1), ("num_workers", 0)):
