@@ -1,18 +1,25 @@
-"""COCO's numbers of a checkpoint: python scripts/evaluate.py --checkpoint runs/shapes/checkpoint.pt."""
+"""COCO's numbers of a detector or its detections: python scripts/evaluate.py --checkpoint runs/shapes/checkpoint.pt."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
+from detr_backbone.coco.backends import Backend
+from detr_backbone.coco.evaluator import CocoEvaluator, CocoResult
+from detr_backbone.coco.intervals import bootstrap
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
+from detr_backbone.report import origin, write_report
 from detr_backbone.training import (
     SplitConfig,
+    TrainConfig,
     build_accelerator,
+    config_to_dict,
     detector_of,
     evaluate,
     load_checkpoint,
@@ -29,30 +36,92 @@ def main(
     *,
     checkpoint: str | None = None,
     config: str | None = None,
+    detections: str | None = None,
     images: str | None = None,
     annotations: str | None = None,
     subset: SubsetConfig = AS_CONFIGURED,
     output: str | None = None,
+    report: str | None = None,
+    backend: Backend | None = None,
+    intervals: int = 1000,
 ) -> None:
-    """Evaluate a detector on a dataset in COCO format.
+    """Evaluate a detector, or its detections, on a dataset in COCO format.
 
     Args:
         checkpoint: the trained detector; its own configuration says what it is.
         config: without a checkpoint, the configuration of a detector that is evaluated untrained.
+        detections: without a detector, a COCO results file of any detector; --annotations says on what.
         images: the folder of the pictures; the validation split of the configuration if left out.
         annotations: the COCO file of the pictures.
         subset: which of the images; if left out, what the configuration says, or all of --images.
         output: a folder for the numbers (results.json) and all detections (detections.json).
+        report: a folder for a page with numbers, curves, mistakes and pictures (report.html), and the same as data.
+        backend: the library that computes the numbers; that of the configuration if left out. All give the same.
+        intervals: resamples of the images for the 95 % intervals; 0 leaves them out.
     """
-    if (checkpoint is None) == (config is None) or (images is None) != (annotations is None):
-        raise ConfigError("give --checkpoint or --config, and --images and --annotations together or not at all")
+    if sum(given is not None for given in (checkpoint, config, detections)) != 1:
+        raise ConfigError("give one of --checkpoint, --config and --detections")
+    settings, device = None, None
+    if detections is not None:
+        if annotations is None:
+            raise ConfigError("--detections need the --annotations that they were made for")
+        if subset != AS_CONFIGURED:
+            raise ConfigError("--subset needs a detector; of --detections, all images of the --annotations count")
+        evaluator = CocoEvaluator(annotations, backend=backend or "pycocotools")
+        evaluator.load(detections)
+        result, is_main = evaluator.compute(), True
+    else:
+        if (images is None) != (annotations is None):
+            raise ConfigError("give --images and --annotations together or not at all")
+        split = None if images is None else SplitConfig(images=images, annotations=str(annotations))
+        result, evaluator, settings, device, is_main = _detect(checkpoint, str(config), split, subset, backend)
+        images = images or settings.data.val.images
+    if not is_main:
+        return
+    matches = evaluator.matches()
+    sure = bootstrap(matches, resamples=intervals) if intervals else None
+    print(result.table(sure))
+    if output is not None:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = {
+            "stats": dict(result.stats),
+            "per_class": dict(result.per_class),
+            "images": result.num_images,
+            "subset": result.part,
+            "image_ids_sha256": image_ids_sha256(evaluator.image_ids),
+        }
+        if sure is not None:
+            numbers["intervals"] = sure.to_dict()
+        (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        (folder / "detections.json").write_text(json.dumps(evaluator.detections), encoding="utf-8")
+    if report is not None:
+        what = checkpoint or detections or f"{config}, untrained"
+        page = write_report(
+            report,
+            evaluator.annotations,
+            evaluator.collected,
+            matches,
+            title=f"{what} on {evaluator.annotations.source}",
+            origin={"Detections of": what, **origin(evaluator.annotations, device=device)},
+            images=images,
+            config="" if settings is None else yaml.safe_dump(config_to_dict(settings), sort_keys=False),
+            intervals=sure,
+        )
+        print(f"report: {page}")
+
+
+def _detect(
+    checkpoint: str | None, config: str, split: SplitConfig | None, subset: SubsetConfig, backend: Backend | None
+) -> tuple[CocoResult, CocoEvaluator, TrainConfig, torch.device, bool]:
+    """The evaluation of a detector, its settings and device, and whether this is the process that reports it."""
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint)
         model, settings = detector_of(loaded)
     else:
-        settings = parse_config(["--config", str(config)])
+        settings = parse_config(["--config", config])
     accelerator = build_accelerator(settings.mixed_precision)
-    split = settings.data.val if images is None else SplitConfig(images=images, annotations=str(annotations))
+    split = split or settings.data.val
     if subset != AS_CONFIGURED:
         split = replace(split, subset=subset)
     dataset = open_split(settings.data, split, train=False)
@@ -65,23 +134,13 @@ def main(
         raise ConfigError(
             f"the dataset must have the categories of the checkpoint, {loaded.categories}, got {dataset.categories}"
         )
+    if backend is not None:
+        settings = replace(settings, data=replace(settings.data, eval_backend=backend))
     postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
     result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)
-    if accelerator.is_main_process:
-        print(result)
-        if output is not None:
-            folder = Path(output)
-            folder.mkdir(parents=True, exist_ok=True)
-            numbers = {
-                "stats": dict(result.stats),
-                "per_class": dict(result.per_class),
-                "images": result.num_images,
-                "subset": result.part,
-                "image_ids_sha256": image_ids_sha256(evaluator.image_ids),
-            }
-            (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-            (folder / "detections.json").write_text(json.dumps(evaluator.detections), encoding="utf-8")
+    device, is_main = accelerator.device, accelerator.is_main_process
     accelerator.free_memory()
+    return result, evaluator, settings, device, is_main
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "detectors": {"component"},
     "coco": {"component"},
     "visualize": {"component"},
+    "report": {"component", "coco"},
     "training": {"component", "detectors", "coco", "visualize"},
 }
 # what the component may import: torch, torchvision and the standard library; inside of the one function that needs it,

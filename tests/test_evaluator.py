@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from detr_backbone.coco.annotations import parse_annotations
+from detr_backbone.coco.average_precision import average_precision
+from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.evaluator import STATS, CocoEvaluator
 from detr_backbone.errors import EvaluationError
+from tests import coco_sets
 
 HALF = 51 / 101
 """AP when one of two objects is found first: precision 1 at the recalls 0, 0.01 .. 0.5 of 101."""
@@ -274,14 +279,245 @@ def test_an_image_that_comes_twice_is_an_error() -> None:
         evaluator.update({1: found(RIGHT), 2: found(RIGHT)})
 
 
+def results_file(folder: Path, *changes: dict[str, Any]) -> Path:
+    entry = {"image_id": 2, "category_id": 1, "bbox": [10, 10, 20, 20], "score": 0.5}
+    (folder / "found.json").write_text(json.dumps([entry | change for change in changes]))
+    return folder / "found.json"
+
+
+def test_a_results_file_scores_as_with_pycocotools(tmp_path: Path) -> None:
+    content, predictions = random_set(np.random.default_rng(0))
+    source = CocoEvaluator(content)
+    source.update(predictions)
+    (tmp_path / "found.json").write_text(json.dumps(source.detections))
+    evaluator = CocoEvaluator(content)
+    evaluator.load(tmp_path / "found.json")
+
+    # read as written, so the same doubles
+    expected = plain_pycocotools(content, json.loads((tmp_path / "found.json").read_text()))
+    assert list(evaluator.compute().stats.values()) == expected.tolist()
+
+
+def test_images_that_a_results_file_does_not_name_have_no_detections(tmp_path: Path) -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.load(results_file(tmp_path, {}))
+
+    assert evaluator.compute().stats["AP"] == pytest.approx(HALF)
+
+
+def test_a_results_file_of_other_images_is_an_error(tmp_path: Path) -> None:
+    path = results_file(tmp_path, {})
+
+    with pytest.raises(EvaluationError, match=r"found.json key=image_id \| got 1 unknown, first \[2\]"):
+        CocoEvaluator(toy(), image_ids=[1]).load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"image_id": 9}, "key=image_id | got 1 unknown, first [9]"),
+        ({"category_id": 9}, "key=category_id | got 1 unknown, first [9]"),
+        ({"image_id": 1.5}, "index=1 key=image_id | got 1.5"),
+        ({"bbox": [1, 2, 3]}, "index=1 key=bbox | got [1, 2, 3]"),
+        ({"bbox": [1, 2, -3, 4]}, "index=1 key=bbox | got [1.0, 2.0, -3.0, 4.0]"),
+        ({"score": "high"}, "index=1 key=score | got 'high'"),
+        ({"score": None}, "index=1 key=score"),
+        ({"score": float("nan")}, "NaN"),
+    ],
+)
+def test_an_entry_of_a_results_file_that_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], where: str) -> None:
+    path = results_file(tmp_path, {}, change)
+
+    with pytest.raises(EvaluationError) as error:
+        CocoEvaluator(toy()).load(path)
+
+    assert where in str(error.value)
+    assert "found.json" in str(error.value)
+
+
 def test_a_subset_of_unknown_images_is_an_error() -> None:
     with pytest.raises(EvaluationError, match=r"key=image_ids \| got 1 unknown, first \[5\]"):
         CocoEvaluator(toy(), image_ids=[1, 5])
 
 
 def test_annotations_come_from_a_file_too(tmp_path: Path) -> None:
-    import json
-
     (tmp_path / "x.json").write_text(json.dumps(toy()))
 
     assert CocoEvaluator(tmp_path / "x.json").image_ids == (1, 2)
+
+
+BACKENDS: tuple[Backend, ...] = ("pycocotools", "faster_coco_eval", "hotcoco")
+
+
+def predictions_of(content: dict[str, Any], results: list[dict[str, Any]], regions: str) -> dict[int, dict[str, Any]]:
+    """What a results file says, as the evaluator takes it."""
+    predictions = {}
+    for image in content["images"]:
+        mine = [one for one in results if one["image_id"] == image["id"]]
+        boxes = torch.tensor([one["bbox"] for one in mine], dtype=torch.float64).reshape(-1, 4)
+        predictions[image["id"]] = {
+            "scores": torch.tensor([one["score"] for one in mine], dtype=torch.float64),
+            "labels": torch.tensor([one["category_id"] for one in mine], dtype=torch.int64),
+            "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
+        }
+        if regions == "segm":
+            predictions[image["id"]]["masks"] = [one["segmentation"] for one in mine]
+    return predictions
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_backend_gives_the_numbers_of_pycocotools(ties: bool, iou_type: Any) -> None:
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        content, results = coco_sets.random_set(rng, ties=ties)
+        expected = content, results
+        if iou_type == "segm":
+            content = content | {"annotations": coco_sets.with_masks(rng, content["annotations"])}
+            results = coco_sets.with_masks(rng, results)
+            # with a box beside the mask, pycocotools would take the area of the box
+            expected = content, [{key: one[key] for key in one if key != "bbox"} for one in results]
+        stats, per_class = coco_sets.plain_pycocotools(*expected, iou_type)
+        truth = parse_annotations(content, source="<test>", segmentations=iou_type == "segm")
+        for backend in BACKENDS:
+            evaluator = CocoEvaluator(truth, iou_type=iou_type, backend=backend)
+            evaluator.update(predictions_of(content, results, iou_type))
+
+            result = evaluator.compute()
+
+            # boxes lose a bit on their way through corners; sums are taken in another order
+            assert list(result.stats.values()) == pytest.approx(stats.tolist(), abs=1e-9)
+            assert list(result.per_class.values()) == pytest.approx(per_class.tolist(), abs=1e-9)
+        from_matches = average_precision(evaluator.matches()).stats[:, 0]
+        assert np.nan_to_num(from_matches, nan=-1).tolist() == pytest.approx(stats.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_knows_nothing_to_find_and_nothing_found(backend: Backend) -> None:
+    empty = CocoEvaluator(toy(annotations=[]), backend=backend)
+    empty.update({1: found(RIGHT), 2: found()})
+    missed = CocoEvaluator(toy(), backend=backend)
+    missed.update({1: found(), 2: found()})
+
+    assert set(empty.compute().stats.values()) == {-1}
+    assert (missed.compute().stats["AP"], missed.compute().stats["AP_large"]) == (0, -1)
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(ValueError, match=r"`backend` must be one of \('pycocotools', .*, got 'fast'"):
+        CocoEvaluator(toy(), backend="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`iou_type` must be one of \('bbox', 'segm'\), got 'mask'"):
+        CocoEvaluator(toy(), iou_type="mask")  # type: ignore[arg-type]
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    evaluator = CocoEvaluator(toy(), backend="hotcoco", image_ids=[1])
+    evaluator.update({1: found(RIGHT)})
+
+    with pytest.raises(EvaluationError, match=r"got hotcoco \| fix: pip install detr_backbone\[fast-eval\]"):
+        evaluator.compute()
+
+
+SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
+"""The polygon around RIGHT."""
+
+
+def masked_toy() -> Any:
+    boxes = [{**entry, "segmentation": SQUARE} for entry in toy()["annotations"]]
+    return parse_annotations(toy(annotations=boxes), source="<test>", segmentations=True)
+
+
+def test_masks_are_evaluated_from_tensors() -> None:
+    mask = torch.zeros(1, 100, 100, dtype=torch.bool)
+    mask[:, 10:30, 10:30] = True
+    evaluator = CocoEvaluator(masked_toy(), iou_type="segm", image_ids=[1])
+    evaluator.update({1: {"scores": torch.ones(1), "labels": torch.ones(1, dtype=torch.int64), "masks": mask}})
+
+    assert evaluator.compute().stats["AP"] == pytest.approx(1)
+    (detection,) = evaluator.detections
+    assert detection["segmentation"]["size"] == [100, 100]
+    assert "bbox" not in detection
+    assert evaluator.collected.boxes.tolist() == [[10, 10, 20, 20]]
+
+
+WRONG_MASKS = {
+    "another size": (
+        torch.zeros(1, 50, 50, dtype=torch.bool),
+        "key=masks | got [1, 50, 50] of torch.bool expected [1, ",
+    ),
+    "probabilities": (torch.zeros(1, 100, 100), "got [1, 100, 100] of torch.float32 expected"),
+    "two": ([{}, {}], "key=masks | got 2 expected 1"),
+    "size of an encoding": (
+        [{"size": [50, 50], "counts": b"_i2"}],
+        "index=0 key=size | got [50, 50] expected [100, 100]",
+    ),
+    "short runs": (
+        [{"size": [100, 100], "counts": b"03"}],
+        "index=0 key=counts | got runs of 3 pixels together expected",
+    ),
+    "no runs": ([{"size": [100, 100], "counts": [0, 10_000]}], "index=0 key=counts | got no compressed runs"),
+    "no mask": ([7], "index=0 key=size | got int"),
+}
+
+
+@pytest.mark.parametrize(("masks", "message"), WRONG_MASKS.values(), ids=WRONG_MASKS)
+def test_masks_that_are_wrong_never_reach_pycocotools(masks: Any, message: str) -> None:
+    evaluator = CocoEvaluator(masked_toy(), iou_type="segm")
+
+    with pytest.raises(EvaluationError) as error:
+        evaluator.update({1: {"scores": torch.ones(1), "labels": torch.ones(1, dtype=torch.int64), "masks": masks}})
+
+    assert message in str(error.value)
+
+
+def test_masks_need_masks_in_the_ground_truth() -> None:
+    with pytest.raises(EvaluationError, match="ground truth has no masks"):
+        CocoEvaluator(toy(), iou_type="segm")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "hint"),
+    [
+        ([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.9, 0.9]], "cxcywh in shares of the image"),
+        ([[50.0, 50.0, 20.0, 20.0], [10.0, 10.0, 20.0, 20.0]], "xywh or cxcywh: torchvision.ops.box_convert"),
+    ],
+)
+def test_boxes_that_end_before_they_start_are_told_what_they_look_like(boxes: list[list[float]], hint: str) -> None:
+    with pytest.raises(EvaluationError) as error:
+        CocoEvaluator(toy()).update({1: found(*boxes)})
+
+    assert "so do 1 of 2 boxes" in str(error.value)
+    assert hint in str(error.value)
+
+
+def test_shares_of_the_image_are_refused_when_all_are_there() -> None:
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found([0.1, 0.1, 0.3, 0.3]), 2: found([0.1, 0.1, 0.3, 0.3])})
+
+    with pytest.raises(EvaluationError, match=r"shares of the image .* find 0 of 2 objects as they are and 2 as"):
+        evaluator.compute()
+
+
+def test_an_untrained_detector_is_evaluated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    evaluator = CocoEvaluator(toy())
+    centre, sides = torch.rand(2, 300, 2, generator=generator) * 100
+    boxes = torch.cat([centre - sides / 2, centre + sides / 2], dim=1)
+    evaluator.update({i: {"scores": torch.rand(300), "labels": torch.ones(300).long(), "boxes": boxes} for i in (1, 2)})
+
+    assert evaluator.compute().stats["AP"] < 0.1
+
+
+def test_the_table_shows_intervals_beside_the_numbers() -> None:
+    from detr_backbone.coco.intervals import bootstrap
+
+    evaluator = CocoEvaluator(toy())
+    evaluator.update({1: found(RIGHT), 2: found()})
+
+    lines = evaluator.compute().table(bootstrap(evaluator.matches(), resamples=100)).splitlines()
+
+    assert lines[1].startswith("AP         50.5 [")
+    assert lines[6] == "AP_large      -"

@@ -74,12 +74,17 @@ def test_two_processes_share_the_images_and_one_of_them_speaks(training: subproc
 
 
 def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(command: Command, trained: Path, folder: Path) -> None:
-    result = command(str(ROOT / "scripts" / "evaluate.py"), "--checkpoint", str(trained), "--output", "evaluation")
+    result = command(
+        str(ROOT / "scripts" / "evaluate.py"), "--checkpoint", str(trained), "--output", "evaluation", "--report", "r"
+    )
 
     assert result.returncode == 0, result.stderr
     numbers = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
     assert numbers["images"] == 5
     assert set(numbers["per_class"]) == set(CLASSES)
+    report = json.loads((folder / "r" / "report.json").read_text(encoding="utf-8"))
+    assert "name: deformable_detr" in report["config"]
+    assert report["origin"]["Device"].startswith("cpu (")
     detections = json.loads((folder / "evaluation" / "detections.json").read_text(encoding="utf-8"))
     assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"}
 
@@ -90,6 +95,23 @@ def test_an_untrained_detector_can_be_evaluated_and_says_so(command: Command, fo
     assert result.returncode == 0, result.stderr
     assert "this detector is untrained" in result.stdout
     assert "images 5 of 5" in result.stdout
+
+
+def test_detections_of_any_detector_can_be_evaluated_and_reported(command: Command, folder: Path) -> None:
+    truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    keys = ("image_id", "category_id", "bbox")
+    found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
+    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    data = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
+    options = ("--detections", "found.json", "--report", "report", "--output", "again", "--intervals", "20")
+    result = command(str(ROOT / "scripts" / "evaluate.py"), *options, *data)
+
+    assert result.returncode == 0, result.stderr
+    assert "AP        100.0 [" in result.stdout
+    assert "report: report/report.html" in result.stdout
+    assert {path.suffix for path in (folder / "report").iterdir()} == {".html", ".md", ".json", ".csv"}
+    again = json.loads((folder / "again" / "detections.json").read_text(encoding="utf-8"))
+    assert sorted(map(str, again)) == sorted(map(str, found))
 
 
 def test_predictions_are_written_as_json_and_pictures(command: Command, trained: Path, folder: Path) -> None:
@@ -152,7 +174,9 @@ def test_an_untrained_detr_can_be_looked_at_layer_by_layer(command: Command, fol
     ("words", "message"),
     [
         (("make_subset.py", "--annotations", "x", "--output", "y"), "needs an option that says which images"),
-        (("evaluate.py",), "give --checkpoint or --config"),
+        (("evaluate.py",), "give one of --checkpoint, --config and --detections"),
+        (("evaluate.py", "--detections", "found.json"), "--detections need the --annotations"),
+        (("evaluate.py", "--detections", "tiny.yaml", "--annotations", "tiny.yaml"), "file is not JSON"),
         (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
         (("train.py", "--config", "missing.yaml"), "missing.yaml"),
         (("inspect_backbone.py", "--config", "tiny.yaml", "--layers", "layer4"), "there is 'backbone.0.body.layer4'"),

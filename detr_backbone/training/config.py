@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.transforms import TransformConfig
@@ -47,6 +48,8 @@ class DataConfig:
         group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
             not what the papers did. Evaluation always does so.
         num_workers: processes that read images; 0 reads them in the training process.
+        eval_backend: the library that computes COCO's numbers; all give the same, and the last two are faster and need
+            `pip install detr_backbone[fast-eval]`.
     """
 
     train: SplitConfig = field(default_factory=SplitConfig)
@@ -57,6 +60,7 @@ class DataConfig:
     pad_to_multiple_of: int = 1
     group_by_aspect_ratio: bool = False
     num_workers: int = 2
+    eval_backend: Backend = "pycocotools"
 
     def __post_init__(self) -> None:
         for key, least in (("batch_size", 1), ("num_workers", 0), ("pad_to_multiple_of", 1)):

@@ -50,7 +50,7 @@ def evaluate(
     all_ids, all_numbers = (_gather(torch.cat(rows), accelerator) for rows in (ids, numbers))
     all_seen = _gather(torch.tensor(seen, dtype=torch.int64), accelerator)
 
-    evaluator = CocoEvaluator(dataset.annotations)
+    evaluator = CocoEvaluator(dataset.annotations, backend=config.eval_backend)
     order = all_ids[:, 0].argsort(stable=True)
     by_image, counts = torch.unique_consecutive(all_ids[order, 0], return_counts=True)
     parts = [torch.split(rows[order], counts.tolist()) for rows in (all_ids, all_numbers)]

@@ -1,0 +1,213 @@
+"""Charts as SVG that stands inside of a page and takes its colours from the page's style, so that it can turn dark.
+
+Every chart has its natural size in CSS pixels; text in it is as large as around it.
+"""
+
+from collections.abc import Sequence
+from html import escape
+from typing import TypeAlias
+
+Number: TypeAlias = float | None
+
+WIDTH, HEIGHT = 340, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 40
+_CELL = 26
+
+
+def percent(value: Number, *, sign: bool = False) -> str:
+    """A share as a percentage of one decimal, `-` for none.
+
+    >>> percent(0.5046), percent(None), percent(0.02, sign=True)
+    ('50.5', '-', '+2.0')
+    """
+    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"
+
+
+def interval_bar(value: Number, low: Number, high: Number) -> str:
+    """A number between 0 and 1 as a dot on a line, and its interval as a bar; empty without a number."""
+    if value is None:
+        return ""
+    width, middle = 130, 7
+    bar = "" if low is None or high is None else _line(width * low, middle, width * high, middle, "range")
+    return _svg(
+        width,
+        14,
+        percent(value),
+        f"{_line(0, middle, width, middle, 'grid')}{bar}"
+        f'<circle class="dot" cx="{width * value:.1f}" cy="{middle}" r="3.5"/>',
+        padding=4,
+    )
+
+
+def step_lines(recall: Sequence[float], lines: Sequence[tuple[str, Sequence[Number]]], *, title: str) -> str:
+    """Lines of precision over recall, both 0 to 1, with their names; a line of None is left out."""
+    drawn = "".join(
+        f'<path class="line s{place}" d="{_steps(recall, values, _frame())}"/>'
+        for place, (_, values) in enumerate(lines)
+        if values[0] is not None
+    )
+    names = "".join(
+        f'<g class="key">{_line(WIDTH - 128, 28 + 17 * place, WIDTH - 106, 28 + 17 * place, f"line s{place}")}'
+        f"{_text(WIDTH - 100, 32 + 17 * place, name)}</g>"
+        for place, (name, _) in enumerate(lines)
+    )
+    return _svg(WIDTH, HEIGHT, title, _axes("recall", "precision") + drawn + names)
+
+
+def spark_steps(recall: Sequence[float], lines: Sequence[Sequence[Number]], *, title: str) -> str:
+    """The same as a small picture without axes but its frame."""
+    frame = (1, 1, 118, 68)
+    drawn = "".join(f'<path class="line s{i}" d="{_steps(recall, values, frame)}"/>' for i, values in enumerate(lines))
+    return _svg(120, 70, title, f'<rect class="frame" x="0.5" y="0.5" width="119" height="69"/>{drawn}')
+
+
+def signed_bars(rows: Sequence[tuple[str, Number]], *, title: str) -> str:
+    """A bar for each share, with its name and its percentage."""
+    known = [value for _, value in rows if value is not None]
+    most = max([0.01, *known])
+    left, room = 92, WIDTH - 92 - 58
+    parts = []
+    for place, (name, value) in enumerate(rows):
+        y = 6 + 26 * place
+        parts.append(_text(left - 8, y + 14, name, "end"))
+        length = 0 if value is None else max(0.0, room * value / most)
+        parts.append(f'<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" height="19" rx="2"/>')
+        parts.append(_text(left + length + 6, y + 14, percent(value, sign=True), number=True))
+    height = 6 + 26 * len(rows)
+    return _svg(WIDTH, height, title, "".join(parts) + _line(left, 2, left, height - 3, "axis"))
+
+
+def reliability(
+    edges: Sequence[float], scores: Sequence[Number], precision: Sequence[Number], counts: Sequence[int], *, title: str
+) -> str:
+    """Precision over score in bins, beside the diagonal on which both are equal; below, how many are in each bin."""
+    x0, y0, width, height = _frame()
+    bars, histogram = [], []
+    most = max([1, *counts])
+    for left, right, score, share, count in zip(edges[:-1], edges[1:], scores, precision, counts, strict=True):
+        place, wide = x0 + width * left, width * (right - left)
+        filled = 34 * count / most
+        histogram.append(
+            f'<rect class="count" x="{place + 1:.1f}" y="{HEIGHT + 46 - filled:.1f}" width="{wide - 2:.1f}" '
+            f'height="{filled:.1f}"><title>{count} detections</title></rect>'
+        )
+        if score is None or share is None:
+            continue
+        top = y0 + height * (1 - share)
+        tip = f"{count} detections: mean score {percent(score)} %, right {percent(share)} %"
+        bars.append(
+            f'<rect class="bar" x="{place + 1:.1f}" y="{top:.1f}" width="{wide - 2:.1f}" '
+            f'height="{height * share:.1f}"><title>{tip}</title></rect>'
+            f'<circle class="dot" cx="{x0 + width * score:.1f}" cy="{top:.1f}" r="3.5"><title>{tip}</title></circle>'
+        )
+    body = (
+        _axes("score", "share of right detections")
+        + "".join(bars)
+        + _line(x0, y0 + height, x0 + width, y0, "diagonal")
+        + "".join(histogram)
+        + _line(x0, HEIGHT + 46, x0 + width, HEIGHT + 46, "axis")
+        + _text(x0 - 6, HEIGHT + 20, f"{most}", "end", number=True)
+        + _text(x0 - 6, HEIGHT + 46, "0", "end", number=True)
+        + _text(x0 + width / 2, HEIGHT + 62, "detections in each bin", "middle")
+    )
+    return _svg(WIDTH, HEIGHT + 68, title, body)
+
+
+def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, mixed: str, title: str) -> str:
+    """Counts with names of rows and columns; a cell is as strong as its share of the row.
+
+    Args:
+        names: of the rows, and of the columns.
+        counts: by row.
+        mixed: the name of several classes together, whose cell on the diagonal is neither right nor wrong.
+        title: of the chart.
+    """
+    longest = max(len(_short(name)) for name in names)
+    left, top = 14 + 6.6 * longest, 14 + 4.7 * longest
+    parts = []
+    for row, (truth, line) in enumerate(zip(names, counts, strict=True)):
+        y = top + _CELL * row
+        parts.append(_text(left - 6, y + 17, _short(truth), "end", tip=truth))
+        for column, (found, count) in enumerate(zip(names, line, strict=True)):
+            x = left + _CELL * column
+            share = count / max(1, sum(line))
+            kind = "slip" if row != column else "mixed" if truth == mixed else "hit"
+            strength = 0.0 if not count else 0.1 + 0.5 * share
+            tip = f"{escape(truth)} found as {escape(found)}: {count} of {sum(line)}"
+            parts.append(
+                f'<g><title>{tip}</title><rect class="cell {kind}" x="{x:.1f}" y="{y:.1f}" width="{_CELL - 1}" '
+                f'height="{_CELL - 1}" style="fill-opacity:{strength:.2f}"/>'
+                + (_text(x + _CELL / 2, y + 17, _brief(count), "middle", number=True) if count else "")
+                + "</g>"
+            )
+    for column, name in enumerate(names):
+        x, y = left + _CELL * column + 16, top - 6
+        label = escape(_short(name))
+        parts.append(
+            f'<text transform="translate({x:.1f} {y:.1f}) rotate(-45)"><title>{escape(name)}</title>{label}</text>'
+        )
+    side = _CELL * len(names)
+    return _svg(round(left + side + 4.7 * longest + 8), round(top + side + 4), title, "".join(parts), scale=False)
+
+
+def _svg(width: int, height: int, title: str, body: str, *, padding: int = 0, scale: bool = True) -> str:
+    return (
+        f'<svg class="chart{"" if scale else " fixed"}" role="img" aria-label="{escape(title)}" '
+        f'width="{width + 2 * padding}" height="{height}" '
+        f'viewBox="{-padding} 0 {width + 2 * padding} {height}">{body}</svg>'
+    )
+
+
+def _frame() -> tuple[int, int, int, int]:
+    """Left, top, width and height of what lies within the axes."""
+    return _LEFT, _TOP, WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
+
+
+def _axes(x: str, y: str) -> str:
+    """Two axes from 0 to 1 with a grid and their names."""
+    x0, y0, width, height = _frame()
+    parts = []
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        across, up = x0 + width * tick, y0 + height * (1 - tick)
+        parts += [_line(x0, up, x0 + width, up, "grid"), _line(across, y0, across, y0 + height, "grid")]
+        parts += [
+            _text(x0 - 6, up + 4, f"{tick:g}", "end", number=True),
+            _text(across, y0 + height + 16, f"{tick:g}", "middle", number=True),
+        ]
+    parts.append(_text(x0 + width / 2, y0 + height + 33, x, "middle"))
+    parts.append(
+        f'<text text-anchor="middle" transform="translate(12 {y0 + height / 2:.1f}) rotate(-90)">{escape(y)}</text>'
+    )
+    return "".join(parts)
+
+
+def _steps(recall: Sequence[float], values: Sequence[Number], frame: tuple[int, int, int, int]) -> str:
+    """The path of a curve that falls in steps, with a corner only where it falls."""
+    x0, y0, width, height = frame
+    points: list[str] = []
+    before: float | None = None
+    for x, value in zip(recall, values, strict=True):
+        if value is not None and value != before:
+            across, up = x0 + width * x, y0 + height * (1 - value)
+            points.append(f"H{across:.1f}V{up:.1f}" if points else f"M{across:.1f} {up:.1f}")
+            before = value
+    return "".join(points) + (f"H{x0 + width:.1f}" if points else "")
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", *, number: bool = False, tip: str = "") -> str:
+    kind = ' class="number"' if number else ""
+    title = f"<title>{escape(tip)}</title>" if tip else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{title}{escape(text)}</text>'
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def _brief(count: int) -> str:
+    """A count of at most four characters."""
+    return str(count) if count < 10_000 else f"{count / 1000:.0f}k" if count < 1_000_000 else f"{count / 1e6:.0f}M"

@@ -1,0 +1,83 @@
+"""Where numbers come from: the command, the code, the machine and the data."""
+
+import hashlib
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from detr_backbone.coco.annotations import CocoAnnotations
+
+_LIBRARIES = ("detr_backbone", "torch", "torchvision", "numpy", "pycocotools")
+_PACKAGE = Path(__file__).parents[1]
+
+
+def origin(annotations: CocoAnnotations, *, device: torch.device | None = None) -> dict[str, str]:
+    """What to state beside numbers, by name; what cannot be found out is `-`.
+
+    Args:
+        annotations: the ground truth. Of its file and of its image ids, as decimal numbers with a line feed after each,
+            the SHA-256 is stated.
+        device: where the detector ran; None for detections from a file.
+    """
+    file = Path(annotations.source)
+    ids = "".join(f"{image_id}\n" for image_id in annotations.image_ids.tolist())
+    return {
+        "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "Command": shlex.join(["python", *sys.argv]),
+        "Commit": _commit(),
+        "Versions": ", ".join([f"Python {platform.python_version()}", *map(_version, _LIBRARIES)]),
+        "Device": "-" if device is None else _device(device),
+        "Annotations": annotations.source,
+        "SHA-256 of the annotations": _sha256(file.read_bytes()) if file.is_file() else "-",
+        "SHA-256 of the image ids": _sha256(ids.encode()),
+    }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _version(library: str) -> str:
+    try:
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return f"{library} -"
+
+
+def _commit() -> str:
+    """The commit of the checkout that this code lies in, with a word if it has been changed since."""
+    if not _git("ls-files", "__init__.py"):  # installed, perhaps somewhere inside of another checkout
+        return "-"
+    commit = _git("rev-parse", "HEAD") or "-"
+    return f"{commit}, with changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _git(*words: str) -> str:
+    """What git answers about the package's folder; nothing where there is no git or no checkout."""
+    try:
+        answer = subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.stdout.strip()
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({_processor()}, {torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    """The name of the processor as Linux has it, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,172 @@
+"""A report's files: the page, and the same as Markdown, JSON and CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from detr_backbone.coco.annotations import CocoAnnotations
+from detr_backbone.coco.detections import Detections
+from detr_backbone.coco.error_kinds import KINDS, mistakes
+from detr_backbone.coco.images import read_image
+from detr_backbone.coco.intervals import Intervals
+from detr_backbone.coco.matching import Matches
+from detr_backbone.report.charts import percent
+from detr_backbone.report.content import Summary, summarise
+from detr_backbone.report.page import render
+from detr_backbone.report.pictures import marks, side_by_side
+
+WORST, BEST = 8, 4
+"""Images that are shown."""
+
+
+def write_report(
+    folder: Path | str,
+    annotations: CocoAnnotations,
+    detections: Detections,
+    matches: Matches,
+    *,
+    title: str,
+    origin: Mapping[str, str],
+    images: Path | str | None = None,
+    config: str = "",
+    intervals: Intervals | None = None,
+) -> Path:
+    """Write report.html, report.md, report.json and report.csv, and give the page's path.
+
+    Args:
+        folder: where to; it is made.
+        annotations: the ground truth.
+        detections: all of them.
+        matches: of the two.
+        title: of the report.
+        origin: where the numbers come from, by name; see `detr_backbone.report.origin`.
+        images: the folder of the pictures; without it the page shows none.
+        config: of the detector, as text.
+        intervals: of the numbers.
+    """
+    found = mistakes(annotations, detections, matches)
+    summary = summarise(
+        annotations,
+        detections,
+        matches,
+        found,
+        title=title,
+        origin=origin,
+        config=config,
+        intervals=intervals,
+    )
+    ranking = summary["ranking"]
+    chosen = {"The worst": ranking[:WORST], "The best": ranking[WORST:][-BEST:][::-1]}
+    files = dict(zip(annotations.image_ids.tolist(), annotations.file_names.tolist(), strict=True))
+    places = {image_id: place for place, image_id in enumerate(matches.image_ids.tolist())}
+    pictures = []
+    for heading, entries in chosen.items():
+        shown = []
+        for entry in entries if images is not None else ():
+            image_id = entry["image_id"]
+            boxes = marks(
+                annotations,
+                detections,
+                matches,
+                found,
+                place=places[image_id],
+                score=summary["operating_point"]["score"],
+            )
+            picture = read_image(Path(images or "") / files[image_id], image_id=image_id)
+            shown.append((entry, side_by_side(picture, *boxes, name=f"image-{image_id}")))
+        pictures.append((heading, shown))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "report.html"
+    page.write_text(render(summary, pictures), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(summary), encoding="utf-8")
+    (folder / "report.csv").write_text(class_table(summary), encoding="utf-8", newline="")
+    (folder / "report.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    return page
+
+
+def class_table(summary: Summary) -> str:
+    """The classes as CSV; numbers between 0 and 1 with six digits, empty where there is none."""
+    keys = ("category_id", "name", "objects", "AP", "AP_low", "AP_high", "AP50", "AP75", "AR")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys)
+    writer.writeheader()
+    for row in summary["classes"]:
+        interval = {"AP": row["AP"]["value"], "AP_low": row["AP"]["low"], "AP_high": row["AP"]["high"]}
+        cells = {**row, **interval}
+        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in cells.items()})
+    return text.getvalue()
+
+
+def markdown(summary: Summary) -> str:
+    """The numbers as tables in Markdown, in percent."""
+    point, found = summary["operating_point"], summary["mistakes"]
+    error = "-" if summary["calibration"] is None else percent(summary["calibration"]["error"])
+    sections = [
+        f"# {_plain(summary['title'])}",
+        f"{summary['images']} images, {summary['objects']} objects, {summary['detections']} detections. Numbers are in "
+        "percent; low and high are those of the interval.",
+        _table(("number", "value", "low", "high"), ((name, *_interval(row)) for name, row in summary["stats"].items())),
+        "## Classes",
+        _table(
+            ("class", "objects", "AP", "low", "high", "AP50", "AP75", "recall"),
+            (
+                (
+                    row["name"],
+                    row["objects"],
+                    *_interval(row["AP"]),
+                    *(percent(row[key]) for key in ("AP50", "AP75", "AR")),
+                )
+                for row in summary["classes"]
+            ),
+        ),
+        "## Mistakes",
+        f"What AP50, {percent(found['ap50'])}, would gain without one kind of mistake.",
+        _table(
+            ("kind", "gain", "number", "meaning"),
+            (
+                (kind, percent(row["cost"], sign=True), row["count"], KINDS[kind])
+                for kind, row in found["kinds"].items()
+            ),
+        ),
+        "## Sizes",
+        _table(
+            ("size", "objects", "AP", "low", "high", "AR"),
+            (
+                (size["name"], size["objects"], *_interval(size["AP"]), percent(size["AR"]["value"]))
+                for size in summary["sizes"]
+            ),
+        ),
+        "## Score",
+        f"Best F1 {percent(point['f1'])} from a score of {point['score']:.3f}: precision {percent(point['precision'])}"
+        f", recall {percent(point['recall'])}. Expected calibration error {error}.",
+        "## Worst images",
+        _table(
+            ("image", "F1", "found", "not found", "wrong"),
+            (
+                (row["file_name"], percent(row["f1"]), row["right"], row["missed"], row["wrong"])
+                for row in summary["ranking"][:WORST]
+            ),
+        ),
+        "## Origin",
+        _table(("", ""), summary["origin"].items()),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _interval(interval: Summary) -> tuple[str, str, str]:
+    return percent(interval["value"]), percent(interval["low"]), percent(interval["high"])
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(_plain(str(cell)) for cell in line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    for sign in "\\`*_[]<>|#":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())

@@ -1,0 +1,42 @@
+"""Which of two detectors is better: python scripts/compare.py --annotations val.json --a 1.json --b 2.json."""
+
+import json
+from pathlib import Path
+
+from detr_backbone.coco.annotations import load_annotations
+from detr_backbone.coco.box_format import refuse_other_formats
+from detr_backbone.coco.detections import load_detections
+from detr_backbone.coco.intervals import compare
+from detr_backbone.coco.matching import match
+from detr_backbone.training import parse_options, plain_errors
+
+
+def main(
+    *, annotations: str, a: str, b: str, resamples: int = 1000, level: float = 0.95, output: str | None = None
+) -> None:
+    """Compare two detectors on the same images, with an interval for every difference.
+
+    Args:
+        annotations: the COCO file of the images; an image without detections counts as one in which nothing was found.
+        a: the detections.json of scripts/evaluate.py, or any COCO results file, of the first detector.
+        b: the same of the second one.
+        resamples: samples of the images that are drawn.
+        level: the share of samples in which an interval covers.
+        output: a JSON file for the numbers.
+    """
+    truth = load_annotations(annotations)
+    matched = []
+    for path in (a, b):
+        detections = load_detections(path, truth)
+        refuse_other_formats(truth, detections, f"file={path}")
+        matched.append(match(truth, detections))
+    comparison = compare(*matched, resamples=resamples, level=level)
+    print(f"A {a}\nB {b}\n{len(truth.image_ids)} images, {resamples} resamples\n")
+    print(comparison)
+    if output is not None:
+        Path(output).write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(**parse_options(main))

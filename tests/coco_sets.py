@@ -1,0 +1,89 @@
+"""Random COCO datasets and detections with everything in them that an evaluation may get wrong."""
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+HEIGHT, WIDTH = 96, 128
+
+
+def random_set(
+    rng: np.random.Generator, *, objects: bool = True, ties: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """12 images, one of them empty; 5 categories from 0 with gaps, one of them without objects; crowds; objects of 32^2
+    and 96^2 square pixels; up to 130 detections of one class in an image, with equal scores on request.
+
+    Gives the content of an annotation file and of a results file.
+    """
+    categories = (0, 2, 3, 7, 90)
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    images = [{"id": 3 * i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in range(12)]
+    for image in images[1:]:
+        for _ in range(rng.integers(0, 7) if objects else 0):
+            box = [*rng.uniform(0, 60, 2).round(1), *rng.uniform(4, 60, 2).round(1)]
+            area = rng.choice([box[2] * box[3], 32.0**2, 96.0**2])
+            category = int(rng.choice(categories[:-1]))
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "bbox": box,
+                    "area": float(area),
+                    "iscrowd": int(rng.random() < 0.15),
+                }
+            )
+            for _ in range(rng.integers(0, 4)):
+                near = np.maximum(np.array(box) + rng.normal(0, 2, 4), 1).round(1)
+                results.append({"image_id": image["id"], "category_id": category, "bbox": near.tolist()})
+        for _ in range(rng.integers(0, 8)):
+            other = int(rng.choice(categories))
+            box = [*rng.uniform(0, 60, 2), *rng.choice([10, 32, 96], 2)]
+            results.append({"image_id": image["id"], "category_id": other, "bbox": list(map(float, box))})
+    results += [{"image_id": 3, "category_id": 2, "bbox": [1.0, 2.0, 30.0, 40.0]} for _ in range(130)]
+    scores = rng.permutation(len(results)) / len(results)
+    for result, score in zip(results, scores.round(1) if ties else scores, strict=True):
+        result["score"] = float(score)
+    categories_listed = [{"id": i, "name": f"class {i}"} for i in categories]
+    return {"images": images, "categories": categories_listed, "annotations": annotations}, results
+
+
+def with_masks(rng: np.random.Generator, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with a ragged mask in each box instead of the box."""
+    masked = []
+    for entry in entries:
+        x, y, w, h = (round(number) for number in entry["bbox"])
+        mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+        mask[y : y + h, x : x + w] = 1
+        mask &= rng.random(mask.shape) < 0.9
+        encoded = rle.encode(np.asfortranarray(mask))
+        masked.append({**entry, "segmentation": {**encoded, "counts": encoded["counts"].decode()}})
+    return masked
+
+
+def plain_pycocotools(
+    content: dict[str, Any], results: list[dict[str, Any]], iou_type: str = "bbox"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The twelve numbers and the AP of each category as pycocotools gives them, -1 for none.
+
+    Annotations are numbered from 1, since it takes a match with the id 0 for no match.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        annotations = [{**entry, "id": number} for number, entry in enumerate(content["annotations"], start=1)]
+        truth.dataset = {**content, "annotations": annotations}
+        truth.createIndex()
+        found = truth.loadRes([dict(result) for result in results]) if results else COCO()
+        evaluation = COCOeval(truth, found, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = np.moveaxis(evaluation.eval["precision"][:, :, :, 0, -1], 2, 0).reshape(len(content["categories"]), -1)
+    per_class = [values[values > -1].mean() if (values > -1).any() else -1.0 for values in precision]
+    return evaluation.stats, np.array(per_class)

@@ -1,0 +1,169 @@
+"""Resamples by weights are resamples of copies, and the intervals are what the resamples say."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detr_backbone.coco.average_precision import STATS, average_precision
+from detr_backbone.coco.intervals import bootstrap, compare, draw_weights
+from detr_backbone.coco.matching import Matches
+from detr_backbone.errors import EvaluationError
+from tests.coco_sets import plain_pycocotools, random_set
+from tests.test_matching import matched
+
+HALF = 51 / 101
+"""AP when one of two objects is found first: precision 1 at the recalls 0, 0.01 .. 0.5 of 101."""
+
+
+def two_images(*found: int) -> Matches:
+    """One object in each of two images, and a perfect detection in those that are named."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20]} for i in (1, 2)],
+    }
+    return matched(content, [{"image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20], "score": 0.9} for i in found])
+
+
+def copied(
+    content: dict[str, Any], results: list[dict[str, Any]], weights: list[int]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The dataset in which each image stands as often as its weight, copies side by side under ids of their own."""
+    images, annotations, found = [], [], []
+    for image, weight in zip(content["images"], weights, strict=True):
+        for _ in range(weight):
+            new = {"image_id": len(images)}
+            images.append({**image, "id": len(images)})
+            annotations += [{**one, **new} for one in content["annotations"] if one["image_id"] == image["id"]]
+            found += [{**one, **new} for one in results if one["image_id"] == image["id"]]
+    return {**content, "images": images, "annotations": annotations}, found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_count_images_as_pycocotools_counts_copies(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    content, results = random_set(rng)
+    weights = rng.multinomial(12, [1 / 12] * 12, size=4).T
+    weights[:, 0] = 0  # nothing is left to find
+    weights[0, 0] = 12
+
+    drawn = average_precision(matched(content, results), weights.astype(np.float64))
+
+    for column in range(4):
+        stats, per_class = plain_pycocotools(*copied(content, results, weights[:, column].tolist()))
+        np.testing.assert_allclose(np.nan_to_num(drawn.stats[:, column], nan=-1), stats, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(np.nan_to_num(drawn.per_class[:, column], nan=-1), per_class, rtol=0, atol=1e-12)
+
+
+def test_single_precision_gives_six_digits() -> None:
+    matches = matched(*random_set(np.random.default_rng(1)))
+    (weights,) = draw_weights(12, 50, seed=0)
+
+    single, double = (average_precision(matches, w).stats for w in (weights, weights.astype(np.float64)))
+
+    np.testing.assert_allclose(single, double, rtol=0, atol=1e-6)
+
+
+def test_all_resamples_of_two_images() -> None:
+    draws = list(itertools.product((0, 1), repeat=2))  # each of two images, twice
+    weights = np.array([[draw.count(image) for draw in draws] for image in (0, 1)], dtype=np.float64)
+
+    drawn = average_precision(two_images(1), weights).per_class[0]
+
+    assert drawn.tolist() == pytest.approx([1, HALF, HALF, 0])
+
+
+def test_an_interval_is_the_estimate_less_its_bias_and_one_spread_to_each_side() -> None:
+    level = math.erf(math.sqrt(0.5))  # of one standard deviation
+    interval = bootstrap(two_images(1), resamples=20_000, level=level).stats["AP"]
+
+    # 1, HALF, HALF and 0 are equally probable
+    mean = (1 + 2 * HALF) / 4
+    spread = math.sqrt((1 + 2 * HALF**2) / 4 - mean**2)
+    centre = HALF - (mean - HALF)
+    assert interval.estimate == pytest.approx(HALF)
+    # the standard errors of mean and spread from 20,000 draws are 0.0025 and 0.0018
+    assert (interval.low, interval.high) == pytest.approx((centre - spread, centre + spread), abs=0.015)
+
+
+def test_draws_are_as_many_as_there_are_images_and_those_of_the_seed() -> None:
+    first, again, other = (np.concatenate(list(draw_weights(7, 1500, seed=s)), axis=1) for s in (0, 0, 1))
+
+    assert first.shape == (7, 1500)
+    assert set(first.sum(axis=0).tolist()) == {7}
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    # each count is binomial: mean 1, variance 6/7; 10,500 of them
+    assert first.mean(axis=1) == pytest.approx([1] * 7, abs=0.1)
+    assert first.var() == pytest.approx(6 / 7, abs=0.05)
+
+
+def test_every_number_has_an_interval_and_none_where_there_is_nothing_to_find() -> None:
+    content, results = random_set(np.random.default_rng(2))
+
+    intervals = bootstrap(matched(content, results), resamples=50)
+
+    assert tuple(intervals.stats) == STATS
+    assert list(intervals.per_class) == ["class 0", "class 2", "class 3", "class 7", "class 90"]
+    assert math.isnan(intervals.per_class["class 90"].low)
+    assert str(intervals.per_class["class 90"]) == "-"
+    assert "class 90" not in intervals.to_dict()["per_class"]
+    assert all(0 <= one.low <= one.high <= 1 for one in intervals.stats.values())
+
+
+def test_a_detector_is_not_better_than_itself() -> None:
+    matches = matched(*random_set(np.random.default_rng(3)))
+
+    difference = compare(matches, matches, resamples=50).stats["AP"]
+
+    assert (difference.interval.low, difference.interval.high, difference.p) == (0, 0, 1)
+    assert difference.sentence("AP") == "no difference shown: B - A is +0.0 ± 0.0 AP (p = 1)"
+
+
+def worse(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Detections of which every other one is moved away."""
+    return [{**one, "bbox": [90, 70, 9, 9]} if index % 2 else one for index, one in enumerate(results)]
+
+
+def test_a_better_detector_is_found_better_whichever_comes_first() -> None:
+    content, results = random_set(np.random.default_rng(4))
+    good, bad = matched(content, results), matched(content, worse(results))
+
+    forward, back = (compare(*pair, resamples=200) for pair in ((bad, good), (good, bad)))
+
+    one, other = forward.stats["AP"], back.stats["AP"]
+    assert one.sentence("AP").startswith("B is better by ")
+    assert other.sentence("AP").startswith("A is better by ")
+    assert one.p == pytest.approx(other.p)
+    assert (one.interval.low, one.interval.high) == pytest.approx((-other.interval.high, -other.interval.low))
+    assert one.b - one.a == pytest.approx(average_precision(good).stats[0, 0] - average_precision(bad).stats[0, 0])
+    assert str(forward).splitlines()[0] == one.sentence("AP")
+    assert [line.split()[0] for line in str(forward).splitlines()[3:15]] == list(STATS)
+
+
+def test_the_same_images_make_a_comparison_surer_than_two_intervals() -> None:
+    content, results = random_set(np.random.default_rng(4))
+    nearly = [{**one, "score": one["score"] * 0.9} if one["image_id"] == 3 else one for one in results]
+    good, other = matched(content, results), matched(content, nearly)
+
+    together = compare(good, other, resamples=200).stats["AP"].interval
+    alone = bootstrap(good, resamples=200).stats["AP"]
+
+    assert together.high - together.low < (alone.high - alone.low) / 2
+
+
+def test_detectors_on_other_images_are_not_compared() -> None:
+    content, results = random_set(np.random.default_rng(3))
+    everywhere = matched(content, results)
+
+    with pytest.raises(EvaluationError, match=r"not evaluated on the same ground truth .* key=image_ids"):
+        compare(everywhere, everywhere.subset([3, 6]))
+
+
+@pytest.mark.parametrize("wrong", [{"resamples": 1}, {"level": 0}, {"level": 95}])
+def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be "):
+        bootstrap(two_images(1), **wrong)
