@@ -76,7 +76,7 @@ def test_the_trial_leaves_a_network_as_it_was(block: nn.Module, dtype: torch.dty
     before = {name: tensor.clone() for name, tensor in tried.state_dict().items()}
     storages = {name: tensor.data_ptr() for name, tensor in tried.state_dict().items()}
     try:
-        BackboneBase(tried, return_layers=["2", "3"], train_layers=["0"])
+        BackboneBase(tried, return_layers=["2", "3"], train_layers=["0"], channels_last=False)
     except ConfigError:
         assert isinstance(block, Looks)
 

@@ -1,5 +1,7 @@
 """What stands where a network has BatchNorm: frozen it equals eval(), and one that learns does so where it should."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -74,9 +76,9 @@ def test_a_layer_that_cannot_be_frozen_is_named(norm: nn.Module, message: str) -
 
 
 def test_calibration_keeps_a_fused_activation() -> None:
-    convolution = nn.Conv2d(3, 6, 3, padding=1)
-    fused = nn.Sequential(convolution, BatchNormAct2d(6), nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4))
-    plain = nn.Sequential(convolution, nn.BatchNorm2d(6), nn.ReLU(), fused[2], nn.BatchNorm2d(4))
+    first, second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+    fused = nn.Sequential(first, BatchNormAct2d(6), second, nn.BatchNorm2d(4))
+    plain = nn.Sequential(copy.deepcopy(first), nn.BatchNorm2d(6), nn.ReLU(), copy.deepcopy(second), nn.BatchNorm2d(4))
     x = torch.randn(4, 3, 16, 16)
     last = []
     for network in (fused, plain):
