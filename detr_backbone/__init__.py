@@ -13,6 +13,8 @@ Q queries, K classes, P num_pos_feats, L decoder layers or levels. Sizes are (h,
 """
 
 from detr_backbone.backbone import Backbone, BackboneBase, BackboneConfig, Joiner, build_backbone
+from detr_backbone.describe import describe
+from detr_backbone.description import Description, LayerDescription
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -27,9 +29,11 @@ __all__ = [
     "Backbone",
     "BackboneBase",
     "BackboneConfig",
+    "Description",
     "FrozenBatchNorm2d",
     "IntermediateLayerGetter",
     "Joiner",
+    "LayerDescription",
     "NestedTensor",
     "PositionEmbeddingLearned",
     "PositionEmbeddingSine",
@@ -37,5 +41,6 @@ __all__ = [
     "build_backbone",
     "build_position_encoding",
     "calibrate_frozen_batch_norm",
+    "describe",
     "nested_tensor_from_tensor_list",
 ]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
+from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
-from detr_backbone.exactness import find_leak
+from detr_backbone.exactness import find_leak, is_plain_resnet
 from detr_backbone.folding import fold_frozen_batch_norm
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.maps import as_map, size_of
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
-from detr_backbone.networks import after_first_stage, build_network, default_levels, train_only
+from detr_backbone.networks import after_first_stage, build_network, chosen_levels, train_only
 from detr_backbone.norms import Norm, set_norm
 from detr_backbone.padding import (
     ExactPadding,
@@ -32,7 +33,6 @@ from detr_backbone.weights import WeightsReport, load_weights
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 TRAINED_STAGES = ("layer2", "layer3", "layer4")
 """What DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
 
@@ -42,12 +42,13 @@ class BackboneBase(nn.Module):
 
     Args:
         backbone: the network, with FrozenBatchNorm2d where it normalises.
-        return_interm_layers: return all four stages of a ResNet instead of the last.
+        return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
         return_layers: the general form: any layers by path, in any order; contradicts `return_interm_layers`.
         train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
         padding: "exact" makes an image's features independent of who shares its batch, and refuses a network for which
             it cannot; "zeros" reproduces the original code (facebookresearch/detr), where padding leaks into the image.
         channels_last: compute with the channels of a cell side by side in memory, which convolutions are faster with.
+        checkpointed_layers: paths of layers whose inner activations are computed again in the backward pass.
 
     Attributes:
         body: the IntermediateLayerGetter; state-dict keys are `body.*`. Its frozen BatchNorms are folded into the
@@ -55,6 +56,8 @@ class BackboneBase(nn.Module):
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
+        size_divisor: a batch is padded to sides that it divides before it runs through the network; 1 for a ResNet, the
+            coarsest stride for a network that would round sizes down, or whose windows follow the size of the image.
 
     Raises:
         ConfigError: a layer does not exist, an entry of `train_layers` has no parameters, nothing that is left trains,
@@ -70,18 +73,17 @@ class BackboneBase(nn.Module):
         train_layers: Sequence[str] = TRAINED_STAGES,
         padding: Padding = "exact",
         channels_last: bool = True,
+        checkpointed_layers: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if return_layers is not None and return_interm_layers:
-            raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
-        if return_layers is None:
-            return_layers = STAGES if return_interm_layers else STAGES[-1:]
+        return_layers = chosen_levels(backbone, return_layers, return_interm_layers=return_interm_layers)
         if padding not in ("exact", "zeros"):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
         if len(set(return_layers)) < len(return_layers):
             raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
         train_only(backbone, train_layers)
         prefix_tokens = int(getattr(backbone, "num_prefix_tokens", 0))
+        tried = padding == "exact" and not is_plain_resnet(backbone)
         depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
         ordered = sorted(return_layers, key=lambda path: depth.get(path, len(depth)))
         try:
@@ -94,7 +96,7 @@ class BackboneBase(nn.Module):
                 "train nothing, give none"
             )
         if padding == "exact":
-            refuse_leaky_layers(self.body)
+            refuse_leaky_layers(self.body, all_run=self.body.strategy != "hooks")
         measured = measure(self.body, prefix_tokens=prefix_tokens)
         self.strides = tuple(measured.strides.values())
         self.channels = tuple(measured.channels.values())
@@ -106,14 +108,12 @@ class BackboneBase(nn.Module):
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.body.to(memory_format=self._memory_format)
-        if padding == "exact" and find_leak(self.forward, self.body):
+        if tried and find_leak(self.forward, self.body):
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             if leak := find_leak(self.forward, self.body):
-                raise ConfigError(
-                    "`padding` must be 'zeros' for this network, got 'exact': padding gets into the image, first seen "
-                    f"in the output of {leak}"
-                )
+                raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
         fold_frozen_batch_norm(self.body, except_for=[backbone.get_submodule(path) for path in ordered])
+        checkpoint_layers(self.body, checkpointed_layers, self._exact_padding)
 
     def prepared(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:
         """What `forward` takes, as the batch that runs through the network: with sides that `size_divisor` divides."""
@@ -150,7 +150,7 @@ class Backbone(BackboneBase):
         return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
         return_layers: see BackboneBase; None for the last layer, or all that `return_interm_layers` says.
         train_layers: see BackboneBase; None for all but the stem and the first stage.
-        padding, channels_last: see BackboneBase.
+        padding, channels_last, checkpointed_layers: see BackboneBase.
 
     Attributes:
         weights: the report of what was loaded; None if nothing was.
@@ -175,12 +175,10 @@ class Backbone(BackboneBase):
         train_layers: Sequence[str] | None = None,
         padding: Padding = "exact",
         channels_last: bool = True,
+        checkpointed_layers: Sequence[str] = (),
     ) -> None:
-        if return_layers is not None and return_interm_layers:
-            raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
         network = build_network(name, dilation=dilation, in_channels=in_channels)
-        if return_layers is None:
-            return_layers = default_levels(network)[0 if return_interm_layers else -1 :]
+        return_layers = chosen_levels(network, return_layers, return_interm_layers=return_interm_layers)
         if train_layers is None and isinstance(network, ResNet):
             train_layers = TRAINED_STAGES
         trained = after_first_stage(network, return_layers) if train_layers is None else train_layers
@@ -198,6 +196,7 @@ class Backbone(BackboneBase):
             train_layers=train_layers,
             padding=padding,
             channels_last=channels_last,
+            checkpointed_layers=checkpointed_layers,
         )
         self.weights = None
         if weights is not None:
@@ -256,6 +255,8 @@ class BackboneConfig:
         dilation: DC5, layer4 at the resolution of layer3; only for ResNets of Bottleneck blocks.
         padding: exact, or zeros as in the original code, where an image's features depend on its batch.
         channels_last: the memory format of convolutions, faster on most devices than the other.
+        checkpointed_layers: layers whose inner activations are computed again in the backward pass instead of kept:
+            less memory, more time.
         position_encoding: how positions are encoded.
         hidden_dim: channels of the position encodings, and of the detector that reads them.
     """
@@ -269,6 +270,7 @@ class BackboneConfig:
     dilation: bool = False
     padding: Padding = "exact"
     channels_last: bool = True
+    checkpointed_layers: tuple[str, ...] = ()
     position_encoding: PositionEncodingConfig = field(default_factory=PositionEncodingConfig)
     hidden_dim: int = 256
 
@@ -291,5 +293,6 @@ def build_backbone(config: BackboneConfig) -> Joiner:
         train_layers=config.train_layers,
         padding=config.padding,
         channels_last=config.channels_last,
+        checkpointed_layers=config.checkpointed_layers,
     )
     return Joiner(backbone, position_encoding)

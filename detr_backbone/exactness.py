@@ -2,7 +2,7 @@
 
 A list of layers cannot speak for the code between them, such as a mean over the map inside of a block's forward. The
 trial runs that code. It replaces what a fresh network has as zeros or ones - biases, scales, statistics - by random
-numbers, so that padding that gets through shows.
+numbers, so that padding that gets through shows, and computes in float64, so that rounding does not.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,37 +12,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.input_channels import first_convolution
 from detr_backbone.maps import as_map, layout_of
+from detr_backbone.meta import evaluating
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
 
 Levels = Mapping[str, NestedTensor]
 
-_SIZES: tuple[Size, ...] = ((33, 50), (96, 128))
-"""The first has odd sides at every stride up to 32 or so, the second has not: what depends on parity shows too."""
-_TOLERANCE = 1e-4
-"""Of the largest feature: float32 rounds some 1e-6 of it, and padding that gets through changes far more."""
+_SIZES: tuple[Size, ...] = ((33, 50), (96, 80))
+"""The first has odd sides at most strides up to 32, the second even ones: what depends on parity shows too."""
+_TOLERANCE = 1e-6
+"""Of the largest feature: float64 rounds less than 1e-12 of it, and padding that gets through changes some per cent."""
+_RESNET = (
+    *(ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d),
+    *(nn.AdaptiveAvgPool2d, nn.Linear),  # the head, which no backbone runs
+)
+
+
+def is_plain_resnet(network: nn.Module) -> bool:
+    """Whether a network is a ResNet of torchvision as it is built: known to be exact, so that no trial is needed."""
+    return type(network) is ResNet and all(type(module) in _RESNET for module in network.modules())
 
 
 def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str | None:
-    """Where in a network padding gets into an image, for an error; None if it does not.
+    """Why a network is not exact, for an error: the layer where padding shows, or what it fails at; None if it is.
 
     Args:
         forward: a batch -> its levels, as the backbone computes them.
         body: the network that `forward` runs; its state is as before when the trial is over.
     """
     _, convolution = first_convolution(body)
-    device = convolution.weight.device
-    if device.type == "meta":  # nothing is computed there; the layers themselves have been looked at
+    if convolution.weight.is_meta:  # nothing can be computed; the layers themselves have been looked at
         return None
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(convolution.in_channels, *size, generator=generator).to(device) for size in _SIZES]
+    images = [
+        torch.randn(convolution.in_channels, *size, generator=generator, device="cpu").double() for size in _SIZES
+    ]
     alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
-    with _random_state(body, generator), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if _equal(forward(alone), forward(together)):
-            return None
-        return _first_difference(forward, body, alone, together)
+    with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            if _equal(forward(alone), forward(together)):
+                return None
+            where = _first_difference(forward, body, alone, together)
+        except Exception as error:  # such as for a convolution over something else than a map of the batch
+            return f"it fails for images of {_SIZES[0]} and {_SIZES[1]} pixels: {error}"
+    return f"padding gets into the image, first seen in the output of {where}"
 
 
 def _equal(alone: Levels, together: Levels) -> bool:
@@ -65,7 +82,7 @@ def _first_difference(
     modules = dict(body.named_modules())
     expected, got = (_outputs(forward, body, batch, alone.sizes[0]) for batch in (alone, together))
     for path, output in expected.items():
-        if path not in got or output.shape != got[path].shape or not _same(output, got[path]):
+        if path in got and output.shape == got[path].shape and not _same(output, got[path]):
             return f"{path} ({type(modules[path]).__name__})"
     return "the code between its layers"
 
@@ -81,7 +98,7 @@ def _outputs(
         padded.append((inputs[0].shape[-2], inputs[0].shape[-1]))
 
     def keep(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and path not in outputs:
+        if isinstance(output, Tensor) and output.ndim in (3, 4) and path not in outputs:
             outputs[path] = _cells_of(output[:1], size, padded[0]).clone()
 
     handles = [body.register_forward_pre_hook(note)]
@@ -105,21 +122,29 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 
 @contextmanager
 def _random_state(body: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """In float32 and in eval mode, with random numbers in place of vectors and of what is zero throughout."""
-    modes = {module: module.training for module in body.modules()}
+    """On the CPU, in float64 and in eval mode, with numbers of which every one shows in the outputs."""
     tensors = [tensor for tensor in [*body.parameters(), *body.buffers()] if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
     try:
-        body.eval()
         for tensor in tensors:
-            if tensor.numel() == max(tensor.shape, default=1) or not tensor.any():
-                drawn = torch.rand(tensor.shape, generator=generator) * 0.8 + 0.2  # variances and scales are positive
-                tensor.data = drawn.to(tensor.device)
-            else:
-                tensor.data = tensor.data.float()
-        yield
+            tensor.data = _telling(tensor.data, generator)
+        with evaluating(body):
+            yield
     finally:
         for tensor, data in zip(tensors, kept, strict=True):
             tensor.data = data
-        for module, mode in modes.items():
-            module.training = mode
+
+
+def _telling(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor of this shape by which a layer's output is about as large as its input.
+
+    A fresh network has zeros and ones in vectors, and matrices small enough to hide what passes through a few of them.
+    """
+    if tensor.numel() == max(tensor.shape, default=1):
+        drawn = torch.rand(tensor.shape, generator=generator, device="cpu")
+        return (drawn * 0.8 + 0.2).double()  # as variances and scales are: positive, around one half
+    tensor = tensor.to("cpu", torch.float64)
+    if not tensor.any():
+        tensor = torch.randn(tensor.shape, generator=generator, device="cpu").double()
+    fan_in = tensor[0].numel()
+    return tensor * (2 / fan_in / tensor.square().mean()).sqrt()  # for ReLU: arXiv 1502.01852, section 2.2

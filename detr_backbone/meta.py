@@ -1,5 +1,7 @@
 """A pass through a network that computes nothing: shapes and structure without numbers, in milliseconds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +25,22 @@ def on_meta(network: nn.Module, size: Size = PROBE) -> Any:
     meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             return torch.func.functional_call(network, meta, (image,))
     except Exception as error:  # whatever a network raises at an image that it was not made for
         raise ConfigError(
             f"the network must take images of any size, got for {size[0]} x {size[1]} pixels: {error}"
         ) from error
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within this context, a network is in eval mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        network.train(modes[network])  # a layer getter passes it on to the network that it runs, which is no child
+        for module, training in modes.items():
+            module.training = training

@@ -99,8 +99,26 @@ def default_levels(network: nn.Module) -> list[str]:
         return ["layer1", "layer2", "layer3", "layer4"]
     found = stages(network)
     if not found or found[-1].stride < 4:
-        raise ConfigError(f"`return_layers` must be given for a network with {describe_stages(found) or 'no maps'}")
+        raise ConfigError(
+            "the network must have a layer whose sides are the image's divided by a whole stride of 4 or more, got "
+            f"{describe_stages(found)}"
+        )
     return [stage.path for stage in found if stage.stride >= 4]
+
+
+def chosen_levels(
+    network: nn.Module, return_layers: Sequence[str] | None, *, return_interm_layers: bool
+) -> Sequence[str]:
+    """The layers to return: those that are named; otherwise all default levels, or the last of them.
+
+    Raises:
+        ConfigError: layers are named, and all of them asked for too; or there are no default levels.
+    """
+    if return_layers is None:
+        return default_levels(network)[0 if return_interm_layers else -1 :]
+    if return_interm_layers:
+        raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
+    return return_layers
 
 
 def after_first_stage(network: nn.Module, return_layers: Sequence[str]) -> list[str]:
@@ -201,8 +219,8 @@ def _whole_layers(network: nn.Module, around: str, calls: dict[str, _Call]) -> I
 
 
 def describe_stages(found: Sequence[Stage]) -> str:
-    """Stages as an error shows them: `layer1 (stride 4), layer2 (stride 8)`."""
-    return ", ".join(f"{stage.path} (stride {stage.stride})" for stage in found)
+    """Stages as an error shows them: `layer1 (stride 4), layer2 (stride 8)`, or `none`."""
+    return ", ".join(f"{stage.path} (stride {stage.stride})" for stage in found) or "none"
 
 
 def train_only(network: nn.Module, train_layers: Iterable[str]) -> None:

@@ -102,7 +102,7 @@ def convert_batch_norm(network: nn.Module, norm_of: Callable[[str], Norm]) -> nn
     convert = {"frozen": _frozen, "batch": lambda norm, _: norm, "sync": _synchronised, "group": _grouped}
     made: dict[nn.Module, nn.Module] = {}  # one layer may stand in several places
     for parent_path, parent in list(network.named_modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if isinstance(child, _BatchNorm):
                 path = f"{parent_path}.{name}".lstrip(".")
                 if child not in made:

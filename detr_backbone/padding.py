@@ -6,8 +6,8 @@ again before each such window, which is what the window finds beyond the border 
 cells of a level follow by ceiling division, as they do for the image alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
@@ -29,9 +29,10 @@ Padding: TypeAlias = Literal["exact", "zeros"]
 
 # Layers whose output at a cell depends on nothing but that cell, once their window (if any) finds zeros in the padding.
 # A max-pool finds no value beyond an image's border; after a ReLU, as in every ResNet, a zero comes to the same.
+# Whether a layer that depends on the order of axes is used that way (LayerNorm, Linear, Upsample), `find_leak` tries.
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _CELL_BY_CELL = (
-    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ChannelShuffle),
+    *(FrozenBatchNorm2d, nn.LayerNorm, nn.Linear, nn.Identity, nn.Sequential, nn.Dropout, nn.Dropout2d, nn.Upsample),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
 )
@@ -161,31 +162,34 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     missing = (0, -width % divisor, 0, -height % divisor)
     if not any(missing):
         return images
-    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=images.sizes)
+    sizes = None if torch.compiler.is_compiling() else images.sizes  # see `feature_level`
+    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
 
 
-def refuse_leaky_layers(body: nn.Module) -> None:
+def refuse_leaky_layers(body: nn.Module, *, all_run: bool) -> None:
     """Refuse a network with a layer of torch's that is not known to keep padding out of the image.
+
+    Args:
+        body: the network.
+        all_run: whether it holds no layer that its outputs do not need; otherwise only norms are looked at.
 
     Raises:
         ConfigError: such as for a normalisation over the whole map; the message names the layer.
     """
     for path, module in body.named_modules():
-        own = isinstance(module, _BatchNorm) or type(module).__module__.startswith("torch.nn.")
+        statistics = isinstance(module, _NormBase | nn.GroupNorm)
+        leaf = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
-        if own and not known and not any(True for _ in module.children()):
-            raise ConfigError(
-                f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) is not known to keep "
-                "padding out of the image"
-            )
+        if statistics or (all_run and leaf and not known):
+            why = "takes its statistics from padded cells too" if statistics else "is not known to keep padding out"
+            raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) {why}")
 
 
 class ExactPadding:
     """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
 
     torch's own layers are known or refused here. The code of others, and between layers, is not seen: `find_leak` runs
-    it. A part of the network that is computed a second time outside `around`, as activation checkpointing does, is not
-    exact then.
+    it. A part of the network that is computed a second time is exact within `again`; see `checkpoint_layers`.
 
     Args:
         body: the network; its convolutions and pools get a hook that does nothing outside `around`.
@@ -194,23 +198,18 @@ class ExactPadding:
 
     def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
         # Keyed by thread: a server may run one network in several threads at once.
-        self._levels: dict[int, _Levels] = {}
+        self._levels: dict[int, _Levels | None] = {}
         for path, module in body.named_modules():
             if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)) and path in input_strides:
                 module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
 
-    @contextmanager
-    def around(self, images: NestedTensor) -> Iterator[None]:
+    def around(self, images: NestedTensor) -> AbstractContextManager[None]:
         """Within this context, a pass of the network over `images.tensors` is exact."""
-        if not images.is_padded:
-            yield
-            return
-        thread = current_thread()
-        self._levels[thread] = _Levels(images)
-        try:
-            yield
-        finally:
-            del self._levels[thread]
+        return _Within(self._levels, _Levels(images) if images.is_padded else None)
+
+    def again(self) -> AbstractContextManager[None]:
+        """The context that this thread is in now, for a part of the pass that is computed a second time, anywhere."""
+        return _Within(self._levels, self._levels.get(current_thread()))
 
     def _before_window(self, stride: int, window: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
@@ -221,6 +220,20 @@ class ExactPadding:
         learns = features.requires_grad or any(parameter.requires_grad for parameter in window.parameters())
         in_place = stride > 1 and not (learns and torch.is_grad_enabled())
         return (levels.zero_padded_cells(features, stride, in_place=in_place),)
+
+
+class _Within:
+    """A context in which a thread has these levels; it can be entered again and again."""
+
+    def __init__(self, running: "dict[int, _Levels | None]", levels: "_Levels | None") -> None:
+        self._running = running
+        self._levels = levels
+
+    def __enter__(self) -> None:
+        self._running[current_thread()] = self._levels
+
+    def __exit__(self, *_: object) -> None:
+        del self._running[current_thread()]
 
 
 class _Levels:
@@ -252,4 +265,4 @@ def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
     """Whether the window finds zeros, or nothing at all, beyond the border, as it does in zeroed padding."""
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
-    return not window.ceil_mode and (isinstance(window, nn.MaxPool2d) or window.count_include_pad)
+    return isinstance(window, nn.MaxPool2d) or window.count_include_pad or window.padding in (0, (0, 0))

@@ -42,12 +42,12 @@ def main(
     path = Path(output)
     if not path.exists():
         write(path, images, annotations)
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     loaded = load_annotations(path, segmentations=segmentations)
-    seconds = time.perf_counter() - start
+    seconds, spent = time.perf_counter() - start, time.process_time() - spent
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{path.stat().st_size / 1e6:.0f} MB, {len(loaded.image_ids)} images, {len(loaded.boxes)} annotations")
-    print(f"loaded in {seconds:.1f} s, peak memory {peak:.2f} GiB")
+    print(f"loaded in {seconds:.1f} s, of which {spent:.1f} s on the processor, peak memory {peak:.2f} GiB")
     for count in (1, workers) if workers else ():
         print(f"{count} workers after two epochs: {unique_memory(loaded, count) / 2**20:.0f} MiB proportional memory")
 

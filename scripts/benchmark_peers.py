@@ -6,7 +6,8 @@ BatchNorm; the convolutional encoder and the whole of Hugging Face's DetrForObje
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -65,23 +66,19 @@ class Case:
         return self.kind.endswith("step")
 
 
-def ours(case: Case, *, compiled: bool = False, **options: Any) -> Run:
+def ours(case: Case, *, compiled: bool = False) -> Run:
     """What this package gives: exact padding, folded frozen BatchNorm, channels last."""
-    model: nn.Module
     if "detr" in case.kind:
-        return _detector(case, build_detector(_detector_config(case, **options)), compiled=compiled)
-    model = build_backbone(_backbone_config(case, **options))[0]
-    if case.kind == "getter":
-        model.requires_grad_(requires_grad=False)
-    return _backbone(case, _compiled(model) if compiled else model)
+        return _detector(case, build_detector(_detector_config(case)), compiled=compiled)
+    return _backbone(case, build_backbone(_backbone_config(case))[0], compiled=compiled)
 
 
 def original(case: Case, *, compiled: bool = False) -> Run:
     """The original construction; a detector on it is ours in all but the backbone, attention weights and sampling."""
     backbone = _Original(case)
     if "detr" not in case.kind:
-        return _backbone(case, _compiled(backbone) if compiled else backbone)
-    detector = build_detector(_detector_config(case, padding="zeros", channels_last=False))
+        return _backbone(case, backbone, compiled=compiled)
+    detector = build_detector(replace(_detector_config(case), sampling="grid_sample"))
     joiner: Any = detector.backbone
     joiner[0] = backbone
     for module in detector.modules():
@@ -93,12 +90,12 @@ def original(case: Case, *, compiled: bool = False) -> Run:
 def timm_features(case: Case) -> Run:
     """Timm's `features_only` network with its frozen BatchNorm."""
     import timm
-    from timm.layers import freeze_batch_norm_2d
+    from timm.layers.norm_act import freeze_batch_norm_2d
 
-    stride = {"output_stride": 16} if case.dilation else {}
+    stride: dict[str, Any] = {"output_stride": 16} if case.dilation else {}
     out_indices = (1, 2, 3, 4) if case.levels == 4 else (4,)
     network = timm.create_model(case.name, features_only=True, out_indices=out_indices, **stride)
-    return _backbone(case, _Masked(_trained_like_detr(freeze_batch_norm_2d(network))))
+    return _backbone(case, _Masked(_trained_like_detr(freeze_batch_norm_2d(network))))  # type: ignore[no-untyped-call]
 
 
 def hugging_face(case: Case) -> Run:
@@ -198,22 +195,22 @@ def _trained_like_detr(network: nn.Module) -> nn.Module:
     return network
 
 
-def _backbone_config(case: Case, **options: Any) -> BackboneConfig:
+def _backbone_config(case: Case) -> BackboneConfig:
     layers = STAGES[-case.levels :] if "deformable" not in case.kind else STAGES[1:]
-    return BackboneConfig(name=case.name, dilation=case.dilation, return_layers=layers, **options)
+    return BackboneConfig(name=case.name, dilation=case.dilation, return_layers=layers)
 
 
-def _detector_config(case: Case, **options: Any) -> DetectorConfig:
+def _detector_config(case: Case) -> DetectorConfig:
     name: Literal["detr", "deformable_detr"] = "deformable_detr" if "deformable" in case.kind else "detr"
     queries = 300 if name == "deformable_detr" else 100
-    sampling = {"sampling": options.pop("sampling")} if "sampling" in options else {}
-    backbone = _backbone_config(case, **options)
-    return DetectorConfig(name=name, num_classes=91, num_queries=queries, backbone=backbone, **sampling)
+    return DetectorConfig(name=name, num_classes=91, num_queries=queries, backbone=_backbone_config(case))
 
 
-def _backbone(case: Case, model: nn.Module) -> Run:
+def _backbone(case: Case, model: nn.Module, *, compiled: bool = False) -> Run:
     images = case.batch()
     model = model.to(case.device).train(case.training)
+    if compiled:
+        model.compile()
     if case.training:
         return _training(model, lambda: [level.tensors for level in model(images).values()])
     return _inference(lambda: model(images))
@@ -228,9 +225,10 @@ def _getter(case: Case, model: nn.Module) -> Run:
 def _detector(case: Case, model: nn.Module, *, compiled: bool) -> Run:
     images = case.batch()
     model = model.to(case.device).train(case.training)
-    run = _compiled(model) if compiled else model
+    if compiled:
+        model.compile()
     if not case.training:
-        return _inference(lambda: run(images))
+        return _inference(lambda: model(images))
     criterion = build_criterion(_detector_config(case)).to(case.device)
     generator = torch.Generator().manual_seed(0)
     targets = [
@@ -240,7 +238,7 @@ def _detector(case: Case, model: nn.Module, *, compiled: bool) -> Run:
         }
         for _ in case.sizes
     ]
-    return _training(model, lambda: [criterion.weighted_sum(criterion(run(images), targets))])
+    return _training(model, lambda: [criterion.weighted_sum(criterion(model(images), targets))])
 
 
 def _inference(forward: Run) -> Run:
@@ -254,18 +252,16 @@ def _inference(forward: Run) -> Run:
 def _training(model: nn.Module, forward: Callable[[], Sequence[Any]]) -> Run:
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        torch.stack([output.float().mean() for output in forward()]).sum().backward()
+        torch.stack([output.float().mean() for output in forward()]).sum().backward()  # type: ignore[no-untyped-call]
 
     return run
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model)  # type: ignore[no-any-return]
 
 
 CONTENDERS: dict[str, Callable[[Case], Run]] = {
     "original": original,
     "ours": ours,
+    "original, compiled": partial(original, compiled=True),
+    "ours, compiled": partial(ours, compiled=True),
     "timm": timm_features,
     "hugging_face": hugging_face,
     "bare": plain,

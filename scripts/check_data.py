@@ -3,11 +3,12 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from detr_backbone.coco.check import check_split, compare_splits
 from detr_backbone.coco.check_report import DataReport
-from detr_backbone.coco.findings import DataPolicies
+from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import SplitConfig, parse_config, parse_options, plain_errors
 
@@ -18,7 +19,7 @@ def main(
     annotations: str | None = None,
     config: str | None = None,
     output: str | None = None,
-    policies: DataPolicies | None = None,
+    policies: DataPolicies = DEFAULT_POLICIES,
     segmentations: bool = False,
     decode: bool = True,
     workers: int | None = None,
@@ -30,7 +31,7 @@ def main(
         annotations: the COCO file of the pictures.
         config: instead of these two, a configuration whose splits, policies and number of queries are taken.
         output: a file for the report as JSON.
-        policies: what is done about faults that need not be refused.
+        policies: what is done about faults that need not be refused; goes before the policies of a configuration.
         segmentations: the masks will be used, so that their faults are errors.
         decode: open every picture.
         workers: processes that open pictures; as many as there are processors if left out.
@@ -41,7 +42,8 @@ def main(
     if config is not None:
         settings = parse_config(["--config", config])
         splits, num_queries = {"train": settings.data.train, "val": settings.data.val}, settings.detector.num_queries
-        policies = settings.data.policies if policies is None else policies
+        given = {key: value for key, value in vars(policies).items() if value != getattr(DEFAULT_POLICIES, key)}
+        policies = replace(settings.data.policies, **given)
     checked = [
         check_split(
             split.images,
@@ -56,7 +58,7 @@ def main(
     ]
     if len(checked) == 2:
         checked[1] = compare_splits(*checked)
-    report = DataReport(splits=checked, policies=policies or DataPolicies(), segmentations=segmentations)
+    report = DataReport(splits=checked, policies=policies, segmentations=segmentations)
     print(report.table())
     if output is not None:
         Path(output).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")

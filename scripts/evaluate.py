@@ -10,6 +10,8 @@ import yaml
 from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.evaluator import CocoEvaluator, CocoResult
 from detr_backbone.coco.intervals import bootstrap
+from detr_backbone.coco.selection import SubsetConfig
+from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.report import origin, write_report
@@ -27,6 +29,8 @@ from detr_backbone.training import (
     plain_errors,
 )
 
+AS_CONFIGURED = SubsetConfig()
+
 
 def main(
     *,
@@ -35,6 +39,7 @@ def main(
     detections: str | None = None,
     images: str | None = None,
     annotations: str | None = None,
+    subset: SubsetConfig = AS_CONFIGURED,
     output: str | None = None,
     report: str | None = None,
     backend: Backend | None = None,
@@ -48,6 +53,7 @@ def main(
         detections: without a detector, a COCO results file of any detector; --annotations says on what.
         images: the folder of the pictures; the validation split of the configuration if left out.
         annotations: the COCO file of the pictures.
+        subset: which of the images; if left out, what the configuration says, or all of --images.
         output: a folder for the numbers (results.json) and all detections (detections.json).
         report: a folder for a page with numbers, curves, mistakes and pictures (report.html), and the same as data.
         backend: the library that computes the numbers; that of the configuration if left out. All give the same.
@@ -59,6 +65,8 @@ def main(
     if detections is not None:
         if annotations is None:
             raise ConfigError("--detections need the --annotations that they were made for")
+        if subset != AS_CONFIGURED:
+            raise ConfigError("--subset needs a detector; of --detections, all images of the --annotations count")
         evaluator = CocoEvaluator(annotations, backend=backend or "pycocotools")
         evaluator.load(detections)
         result, is_main = evaluator.compute(), True
@@ -66,7 +74,7 @@ def main(
         if (images is None) != (annotations is None):
             raise ConfigError("give --images and --annotations together or not at all")
         split = None if images is None else SplitConfig(images=images, annotations=str(annotations))
-        result, evaluator, settings, device, is_main = _detect(checkpoint, str(config), split, backend)
+        result, evaluator, settings, device, is_main = _detect(checkpoint, str(config), split, subset, backend)
         images = images or settings.data.val.images
     if not is_main:
         return
@@ -76,7 +84,13 @@ def main(
     if output is not None:
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = {"stats": dict(result.stats), "per_class": dict(result.per_class), "images": result.num_images}
+        numbers = {
+            "stats": dict(result.stats),
+            "per_class": dict(result.per_class),
+            "images": result.num_images,
+            "subset": result.part,
+            "image_ids_sha256": image_ids_sha256(evaluator.image_ids),
+        }
         if sure is not None:
             numbers["intervals"] = sure.to_dict()
         (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
@@ -98,7 +112,7 @@ def main(
 
 
 def _detect(
-    checkpoint: str | None, config: str, split: SplitConfig | None, backend: Backend | None
+    checkpoint: str | None, config: str, split: SplitConfig | None, subset: SubsetConfig, backend: Backend | None
 ) -> tuple[CocoResult, CocoEvaluator, TrainConfig, torch.device, bool]:
     """The evaluation of a detector, its settings and device, and whether this is the process that reports it."""
     if checkpoint is not None:
@@ -107,7 +121,10 @@ def _detect(
     else:
         settings = parse_config(["--config", config])
     accelerator = build_accelerator(settings.mixed_precision)
-    dataset = open_split(settings.data, split or settings.data.val, train=False)
+    split = split or settings.data.val
+    if subset != AS_CONFIGURED:
+        split = replace(split, subset=subset)
+    dataset = open_split(settings.data, split, train=False)
     if checkpoint is None:
         print("no checkpoint: this detector is untrained")
         torch.manual_seed(settings.seed)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def with_masks(rng: np.random.Generator, entries: list[dict[str, Any]]) -> list[
 
 
 def plain_pycocotools(
-    content: dict[str, Any], results: list[dict[str, Any]], iou_type: str = "bbox"
+    content: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: str = "bbox"
 ) -> tuple[np.ndarray, np.ndarray]:
     """The twelve numbers and the AP of each category as pycocotools gives them, -1 for none.
 

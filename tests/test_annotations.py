@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_backbone.coco.annotations import load_annotations, parse_annotations
+from detr_backbone.coco.annotations import MAX_BYTES, load_annotations, parse_annotations
+from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.errors import AnnotationError
 
 
@@ -147,6 +148,7 @@ def test_an_error_names_the_place(wrong: Any, where: str) -> None:
         ("", "line=1 column=1 |"),
         ('{"a": "NaN",\n "b": NaN}', "line=2 column=7 | got NaN is not a number"),
         ("[1, -Infinity]", "line=1 column=5 | got -Infinity is not a number"),
+        ("[1, NaN2]", "line=1 column=5 | got NaN is not a number"),
         ("[" * 100_000, "where: file="),
     ],
 )
@@ -174,3 +176,71 @@ def test_a_file_that_cannot_be_read_as_text_is_named(tmp_path: Path, data: bytes
 
     with pytest.raises(AnnotationError, match=r"where: file=.*x\.json"):
         load_annotations(tmp_path / "x.json")
+
+
+DROPPED = {
+    "unknown_image": {"image_id": 99},
+    "unknown_category": {"category_id": 77},
+    "duplicate_annotation": {"id": 12},
+    "box_malformed": {"bbox": [1, 2, 3]},
+    "box_negative": {"bbox": [1, 2, -3, 4]},
+    "area_malformed": {"area": -1},
+    "crowd_malformed": {"iscrowd": 2},
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), DROPPED.items(), ids=DROPPED)
+def test_an_annotation_is_left_out_and_counted_where_its_policy_says_so(kind: str, change: dict[str, Any]) -> None:
+    policies = DataPolicies(**{kind: "drop"})  # type: ignore[arg-type]
+
+    annotations = parse_annotations(with_annotation(**change), source="x.json", policies=policies)
+
+    assert annotations.annotation_ids.tolist() == [12]
+    assert annotations.boxes.tolist() == [[1, 2, 3, 4]]
+    assert annotations.findings == {kind: 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bbox"),
+    [("box_partly_outside", [15, 0, 6, 2]), ("box_without_area", [5, 0, 0, 2]), ("box_outside", [20, 0, 2, 2])],
+)
+def test_a_box_that_training_could_clip_or_drop_is_refused_where_its_policy_says_so(kind: str, bbox: list[int]) -> None:
+    with pytest.raises(AnnotationError, match=r"file=x\.json image_id=4 ann_id=11 key=bbox"):
+        parse_annotations(with_annotation(bbox=bbox), source="x.json", policies=DataPolicies(**{kind: "error"}))  # type: ignore[arg-type]
+
+
+def test_boxes_stay_as_the_file_has_them_for_the_evaluation() -> None:
+    policies = DataPolicies(box_outside="drop")
+    boxes = [[15, 0, 6, 2], [5, 0, 0, 2], [20, 0, 2, 2]]
+    records = [{"id": n, "image_id": 4, "category_id": 3, "bbox": box} for n, box in enumerate(boxes, start=1)]
+
+    annotations = parse_annotations(content(annotations=records), source="x.json", policies=policies)
+
+    assert annotations.boxes.tolist() == boxes
+    expected = {"box_outside": 1, "box_partly_outside": 1, "boxes_moved": 0, "box_without_area": 1}
+    assert annotations.findings == {kind: count for kind, count in expected.items() if count}
+
+
+def test_polygons_that_are_not_asked_for_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(with_annotation(segmentation=[[1, 2.5, -3e1], [4, 5]])))
+
+    assert load_annotations(path).annotation_ids.tolist() == [11, 12]
+
+
+@pytest.mark.parametrize("text", ['"segmentation": [[1]]]', '"segmentation": [[1]', '"segmentation": [[1, NaN]]'])
+def test_what_is_no_json_around_a_polygon_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(with_annotation(segmentation=[[1]])).replace('"segmentation": [[1]]', text))
+
+    with pytest.raises(AnnotationError, match=r"line=1 column="):
+        load_annotations(path)
+
+
+def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+
+    with pytest.raises(AnnotationError, match=rf"file is too large .* expected {MAX_BYTES} at most"):
+        load_annotations(path)

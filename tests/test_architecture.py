@@ -9,7 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "detr_backbone"
 
 COMPONENT = {
     "__init__",
+    "activation_checkpointing",
     "backbone",
+    "describe",
+    "description",
     "errors",
     "exactness",
     "frozen_batch_norm",

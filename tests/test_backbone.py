@@ -13,8 +13,9 @@ from detr_backbone import (
     PositionEncodingConfig,
     build_backbone,
 )
-from detr_backbone.backbone import STAGES
 from detr_backbone.errors import ConfigError
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 def small(**options: object) -> BackboneConfig:

@@ -44,6 +44,8 @@ BAD = [
     ("detector: {backbone: {padding: reflect}}", ["padding", "reflect", "exact"]),
     ("detector: {two_stage: true}", ["two_stage", "deformable_detr"]),
     ("data: {batch_size: 0}", ["batch_size", "at least 1"]),
+    ("data: {val: {subset: {count: 5, share: 0.5}}}", ["subset.count", "subset.share", "exclude each other"]),
+    ("data: {val: {subset: {cuont: 5}}}", ["data.val.subset", "cuont"]),
     ("optimizer: {epochs: 0}", ["optimizer.epochs", "positive"]),
     ("optimizer: {lr: .nan}", ["optimizer.lr", "positive", "nan"]),
     ("optimizer: {weight_decay: -1}", ["optimizer.weight_decay", "negative"]),
@@ -84,7 +86,8 @@ def test_a_key_of_a_list_entry_stands_once_too(written) -> None:
 
 
 def test_a_saved_configuration_reads_back_as_itself() -> None:
-    config = parse_config(["--config", str(CONFIGS[0]), "--detector.num_classes", "7"])
+    subset = ["--data.val.subset.count", "5", "--data.val.subset.categories", "[cat, 3]"]
+    config = parse_config(["--config", str(CONFIGS[0]), "--detector.num_classes", "7", *subset])
     text = yaml.safe_dump(config_to_dict(config))
 
     assert config_from_dict(yaml.safe_load(text)) == config

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou
 
 from detr_backbone.detectors.criterion import SetCriterion
@@ -298,3 +299,35 @@ def test_a_target_left_over_still_counts_in_the_mean() -> None:
         (outputs["pred_boxes"][image, query] - targets[image]["boxes"][n]).abs().sum() for image, query, n in pairs
     )
     torch.testing.assert_close(losses["loss_bbox"], l1 / (Q + 2))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device: numbers read from tensors, and shapes that depend on what tensors hold."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.name().startswith("aten::index") and any(
+            index is not None and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], (list, tuple)) else ())
+        )
+        self.count += by_mask or func.name() in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("focal_alpha", [None, 0.25], ids=["softmax", "focal"])
+def test_more_decoder_layers_wait_for_the_device_no_more_often(focal_alpha: float | None) -> None:
+    waits = []
+    for layers in (1, 6):
+        outputs, targets = drawn(classes=K + (focal_alpha is None))
+        outputs["aux_outputs"] = [outputs.copy() for _ in range(layers - 1)]
+        with Waits() as counted:
+            compare = criterion(focal_alpha=focal_alpha)
+            compare.weighted_sum(compare(outputs, targets))
+        waits.append(counted.count)
+
+    assert waits[0] == waits[1] > 0

@@ -1,42 +1,13 @@
-"""Reading values at learned points between the cells of several levels."""
-
-import math
+"""Where deformable attention looks, and what it makes of what it reads there."""
 
 import pytest
 import torch
 
-from detr_backbone.detectors.deformable_attention import MSDeformAttn, multi_scale_deformable_attention
+from detr_backbone.detectors.deformable_attention import MSDeformAttn
 from detr_backbone.errors import ConfigError
 
 SHAPES = [(5, 7), (2, 3), (1, 1)]
-B, M, D, Q, J = 2, 3, 4, 6, 2
-
-
-def drawn(dtype=torch.float64):
-    g = torch.Generator().manual_seed(0)
-    value = torch.randn(B, sum(h * w for h, w in SHAPES), M, D, generator=g, dtype=torch.float64)
-    locations = torch.rand(B, Q, M, len(SHAPES), J, 2, generator=g, dtype=torch.float64) * 1.4 - 0.2
-    weights = torch.rand(B, Q, M, len(SHAPES), J, generator=g, dtype=torch.float64)
-    return value.to(dtype), locations.to(dtype), weights.to(dtype)
-
-
-def read_cell_by_cell(value, locations, weights):
-    """The same sum from Python numbers: each location shares its weight among the four cells around it."""
-    read = torch.zeros(B, Q, M, D, dtype=value.dtype)
-    for b in range(B):
-        for q in range(Q):
-            for m in range(M):
-                start = 0
-                for level, (h, w) in enumerate(SHAPES):
-                    for j in range(J):
-                        x, y = (locations[b, q, m, level, j] * torch.tensor([w, h]) - 0.5).tolist()
-                        for row in (math.floor(y), math.floor(y) + 1):
-                            for column in (math.floor(x), math.floor(x) + 1):
-                                if 0 <= row < h and 0 <= column < w:
-                                    share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[b, q, m, level, j]
-                                    read[b, q, m] += share * value[b, start + row * w + column, m]
-                    start += h * w
-    return read.flatten(2)
+B, Q = 2, 6
 
 
 def attention(**options):
@@ -51,45 +22,6 @@ def inputs(dtype=torch.float32):
     g = torch.Generator().manual_seed(1)
     query, value = torch.randn(B, Q, 16, generator=g), torch.randn(B, 42, 16, generator=g)
     return query.to(dtype), torch.rand(B, Q, 3, 2, generator=g), value.to(dtype)
-
-
-def test_reading_is_bilinear_over_zeros_beyond_the_border() -> None:
-    value, locations, weights = drawn()
-
-    read = multi_scale_deformable_attention(value, SHAPES, locations, weights)
-
-    torch.testing.assert_close(read, read_cell_by_cell(value, locations, weights))
-
-
-def test_gradients_are_those_of_the_sum() -> None:
-    value, locations, weights = (tensor.requires_grad_() for tensor in drawn())
-
-    assert torch.autograd.gradcheck(
-        lambda *tensors: multi_scale_deformable_attention(tensors[0], SHAPES, *tensors[1:]), (value, locations, weights)
-    )
-
-
-def test_no_queries_read_nothing() -> None:
-    value, locations, weights = drawn()
-
-    assert multi_scale_deformable_attention(value, SHAPES, locations[:, :0], weights[:, :0]).shape == (B, 0, M * D)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_locations_keep_float32_where_values_are_shorter(dtype: torch.dtype) -> None:
-    value, locations, weights = drawn(torch.float32)
-
-    read = multi_scale_deformable_attention(value.to(dtype), SHAPES, locations, weights)
-
-    expected = multi_scale_deformable_attention(value.to(dtype).float(), SHAPES, locations, weights)
-    assert torch.equal(read, expected.to(dtype))
-
-
-def test_levels_that_do_not_hold_all_cells_are_refused() -> None:
-    value, locations, weights = drawn()
-
-    with pytest.raises(ValueError, match=r"`spatial_shapes` must hold 3 levels of 42 cells together, got \[\(5, 7\)\]"):
-        multi_scale_deformable_attention(value, SHAPES[:1], locations, weights)
 
 
 def test_each_head_of_a_new_module_looks_in_its_own_direction() -> None:

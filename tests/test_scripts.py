@@ -126,14 +126,60 @@ def test_predictions_are_written_as_json_and_pictures(command: Command, trained:
         assert picture.size == (448, 448)  # 64 pixels, enlarged to be legible
 
 
+def test_a_subset_is_written_and_evaluated(command: Command, trained: Path, folder: Path) -> None:
+    source = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
+    chosen = ("--count", "2", "--categories", "star", "1", "rectangle", "--output", "two")
+    written = command(str(ROOT / "scripts" / "make_subset.py"), *source, *chosen)
+
+    assert written.returncode == 0, written.stderr
+    manifest = json.loads((folder / "two" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["options"]["categories"] == ["star", 1, "rectangle"]
+    assert len(list((folder / "two" / "val").iterdir())) == manifest["images"] == 2
+    options = ("--subset.count", "2", "--subset.categories", "[star, 1, rectangle]", "--output", "evaluated")
+    result = command(str(ROOT / "scripts" / "evaluate.py"), "--checkpoint", str(trained), *options)
+    assert result.returncode == 0, result.stderr
+    ids = manifest["image_ids_sha256"]
+    words = f"2 of 5 images (with star or 1 or rectangle, seed 0, ids sha256 {ids[:12]})"
+    assert words in written.stdout
+    assert f"images 2 of 2\nsubset {words}" in result.stdout
+    numbers = json.loads((folder / "evaluated" / "results.json").read_text(encoding="utf-8"))
+    assert (numbers["images"], numbers["subset"], numbers["image_ids_sha256"]) == (2, words, ids)
+
+
+def test_a_look_inside_is_a_table_and_drawings(command: Command, trained: Path, folder: Path) -> None:
+    options = ("--images", "shapes/val", "--limit", "1", "--queries", "2", "--output", "look")
+    result = command(str(ROOT / "scripts" / "inspect_backbone.py"), "--checkpoint", str(trained), *options)
+
+    assert result.returncode == 0, result.stderr
+    assert "trained deformable_detr on 000001" in result.stdout
+    assert "backbone.0.body.layer4" in result.stdout
+    rows = json.loads((folder / "look" / "layers.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[0]["path"] == "backbone.0"
+    drawings = {path.stem for path in (folder / "look").glob("*.png")}
+    assert drawings == {"levels", "000001.queries", "000001.backbone.0.body.layer4"}
+
+
+def test_an_untrained_detr_can_be_looked_at_layer_by_layer(command: Command, folder: Path) -> None:
+    (folder / "detr.yaml").write_text(TINY.replace("deformable_detr", "detr"), encoding="utf-8")
+    options = ("--layers", "[backbone.0.body.layer1.0, transformer.decoder]", "--limit", "1", "--output", "untrained")
+    result = command(str(ROOT / "scripts" / "inspect_backbone.py"), "--config", "detr.yaml", *options)
+
+    assert result.returncode == 0, result.stderr
+    assert "untrained detr on shapes000001" in result.stdout
+    drawings = {path.stem for path in (folder / "untrained").glob("*.png")}
+    assert drawings == {"levels", "shapes000001.queries", "shapes000001.backbone.0.body.layer1.0"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("make_subset.py", "--annotations", "x", "--output", "y"), "needs an option that says which images"),
         (("evaluate.py",), "give one of --checkpoint, --config and --detections"),
         (("evaluate.py", "--detections", "found.json"), "--detections need the --annotations"),
         (("evaluate.py", "--detections", "tiny.yaml", "--annotations", "tiny.yaml"), "file is not JSON"),
         (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
         (("train.py", "--config", "missing.yaml"), "missing.yaml"),
+        (("inspect_backbone.py", "--config", "tiny.yaml", "--layers", "layer4"), "there is 'backbone.0.body.layer4'"),
     ],
 )
 def test_a_command_that_cannot_run_says_why(command: Command, words: tuple[str, ...], message: str) -> None:

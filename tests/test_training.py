@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from detr_backbone import BackboneConfig
 from detr_backbone.coco.shapes import draw_shapes
@@ -33,6 +34,7 @@ from detr_backbone.training import (
     train,
 )
 from detr_backbone.training.checkpoint import load_model, refuse_another_run
+from detr_backbone.training.data import train_loader
 from detr_backbone.training.engine import CHECKPOINT
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient
 
@@ -127,6 +129,28 @@ def test_a_resumed_run_keeps_its_settings(run: Path, shapes: Path, changes: dict
     with pytest.raises(CheckpointError, match=message):
         train(tiny(shapes, run, resume=True, **changes))
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_run_from_before_an_option_came_is_resumed_with_its_default(run: Path, shapes: Path) -> None:
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    config = config_from_dict(checkpoint.config)
+    data = {key: value for key, value in checkpoint.config["data"].items() if key != "group_by_aspect_ratio"}
+    older = replace(checkpoint, config={**checkpoint.config, "data": data})
+
+    refuse_another_run(older, config, checkpoint.categories)
+    grouped = replace(config, data=replace(config.data, group_by_aspect_ratio=True))
+    with pytest.raises(CheckpointError, match=r"key=data\.group_by_aspect_ratio \| got True expected False"):
+        refuse_another_run(older, grouped, checkpoint.categories)
+
+
+def test_the_saved_configuration_opens_with_the_identity_of_the_images(run: Path) -> None:
+    lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
+
+    # seq 1 10 | sha256sum and seq 1 4 | sha256sum
+    assert lines[:2] == [
+        "# data.train: 10 images, ids sha256 bf794518e35d7f1ce3a50b3058c4191bb9401e568fc645d77e10b0f404cf1f22",
+        "# data.val: 4 images, ids sha256 16fbd7d1f18d2fedb247d73edc3bc6aa040f5ab99bd3b48c35b79e543d22179b",
+    ]
 
 
 def test_a_resumed_run_keeps_its_categories(run: Path, shapes: Path) -> None:
@@ -272,3 +296,27 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all() -> None:
     clip_gradient(model, 0.5)
     # the norm 5 becomes 0.5, to the 1e-6 that torch adds to it
     assert (model.weight.grad.item(), model.bias.grad.item()) == pytest.approx((0.3, 0.4), rel=1e-5)
+
+
+def test_a_compiled_run_has_few_graphs_and_an_evaluation(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module = torch.nn.Module.compile
+    # Inductor would take minutes; what it is given is found here all the same.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    torch.compiler.reset()
+    counters.clear()
+    config = tiny(shapes, tmp_path / "run", compile=True)
+    result = train(replace(config, data=replace(config.data, pad_to_multiple_of=64)))
+
+    assert 2 <= counters["stats"]["unique_graphs"] <= 6  # one padded size, of training and of evaluation
+    assert not counters["graph_break"]
+    assert 0 <= result.stats["AP"] <= 1
+
+
+def test_batches_have_sides_of_the_multiple_that_is_asked_for(shapes: Path, tmp_path: Path) -> None:
+    data = replace(tiny(shapes, tmp_path).data, pad_to_multiple_of=48)
+    images, _ = next(iter(train_loader(open_split(data, data.train, train=True), data)))
+
+    assert [side % 48 for side in images.tensors.shape[-2:]] == [0, 0]
+    assert images.is_padded

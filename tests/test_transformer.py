@@ -125,3 +125,13 @@ def test_heads_must_divide_the_width() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`activation` must be one of \['relu', 'gelu'\], got 'glu'"):
         small(activation="glu")
+
+
+def test_no_mask_is_a_mask_without_padding() -> None:
+    src, mask, queries, pos = inputs()
+
+    without, memory = small()(src, None, queries, pos)
+    masked, masked_memory = small()(src, mask, queries, pos)
+
+    torch.testing.assert_close(without, masked)
+    torch.testing.assert_close(memory, masked_memory)

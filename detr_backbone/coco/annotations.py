@@ -26,7 +26,7 @@ from detr_backbone.errors import AnnotationError
 MAX_BYTES = 8 * 2**30
 """Bytes of the largest annotation file that is read: about three times that of Objects365."""
 
-_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?\bInfinity\b|\bNaN\b)')
+_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 _NUMBERS = r"\[[-+0-9.eE,\s]*\]"
 _POLYGONS = re.compile(rf'("segmentation":\s*\[)\s*{_NUMBERS}(?:\s*,\s*{_NUMBERS})*\s*(?=\])')
 _TARGETS_ONLY = ("box_outside", "box_without_area")  # what is dropped for training, but not from the evaluation
@@ -52,6 +52,7 @@ class CocoAnnotations:
         segmentations: the masks of the annotations, where they were asked for.
         findings: how many faults of each kind the file has that policies let through, by dropping the annotations,
             clipping the boxes, or with a warning.
+        part: which images of the file these are, in words; empty for all of them.
     """
 
     source: str
@@ -68,6 +69,7 @@ class CocoAnnotations:
     is_crowd: npt.NDArray[np.bool_]
     segmentations: Segmentations | None = None
     findings: Mapping[str, int] = field(default_factory=dict)
+    part: str = ""
 
 
 def load_annotations(

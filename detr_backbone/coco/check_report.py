@@ -107,7 +107,7 @@ class DataReport:
             lines += [f"{indent}... {one.count - _SHOWN} more"] if one.count > _SHOWN < len(one.examples) else []
             lines += [f"{indent}fix: {kind.fix}"] if kind.fix else []
         counts = [(self.count(severity), severity) for severity in _SEVERITIES]
-        sums = ", ".join(f"{number} {severity}{'' if number == 1 else 's'}" for number, severity in counts)
+        sums = ", ".join(f"{severity}s of {number} kinds" for number, severity in counts)
         verdict = "training would refuse this dataset" if counts[0][0] else "training takes this dataset"
         return "\n".join([*lines, f"\n{sums}: {verdict}"])
 

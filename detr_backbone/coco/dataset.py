@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from detr_backbone.coco.annotations import load_annotations, refuse
+from detr_backbone.coco.annotations import CocoAnnotations, load_annotations, refuse
 from detr_backbone.coco.boxes import MOVED_TOLERANCE, clip
 from detr_backbone.coco.files import examine_files
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.images import read_image
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
+from detr_backbone.padding import pad_to_multiple
 
 
 class Target(TypedDict):
@@ -45,13 +46,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Args:
         images: the folder of the pictures. Links that lead out of it are refused.
-        annotations: the COCO annotation file.
+        annotations: the COCO annotation file, or what was read from it, such as a subset.
         transforms: called with image and target, gives both back; see `detr_backbone.coco.transforms`. Without, the
             image is a `tv_tensors.Image` of uint8 [3, h, w].
         policies: what is done about faults that need not be refused.
 
     Attributes:
-        annotations: the checked file.
+        annotations: the checked annotations.
         image_ids: the id of each index.
         category_ids: the dataset's category id of each label 0 .. K - 1.
         category_names: the name of each label.
@@ -67,12 +68,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def __init__(
         self,
         images: Path | str,
-        annotations: Path | str,
+        annotations: CocoAnnotations | Path | str,
         *,
         transforms: Callable[[Any, Target], tuple[Tensor, Target]] | None = None,
         policies: DataPolicies = DEFAULT_POLICIES,
     ) -> None:
-        self.annotations = load_annotations(annotations, policies=policies)
+        if not isinstance(annotations, CocoAnnotations):
+            annotations = load_annotations(annotations, policies=policies)
+        self.annotations = annotations
         self.transforms = transforms
         self.image_ids: tuple[int, ...] = tuple(self.annotations.image_ids.tolist())
         self.category_ids = self.annotations.category_ids
@@ -116,12 +119,19 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[NestedTensor, list[Target]]:
+def collate(
+    samples: Sequence[tuple[Tensor, Target]], *, pad_to_multiple_of: int = 1
+) -> tuple[NestedTensor, list[Target]]:
     """Samples as one padded batch with its targets; the `collate_fn` of a DataLoader.
+
+    Args:
+        samples: as `CocoDetection` gives them, transformed.
+        pad_to_multiple_of: divides the sides of the batch, so that batches have few sizes.
 
     >>> target = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0), image_id=7, orig_size=(4, 6), size=(4, 6))
     >>> images, targets = collate([(torch.zeros(3, 4, 6), target), (torch.zeros(3, 5, 2), target)])
     >>> images.tensors.shape, [target["image_id"] for target in targets]
     (torch.Size([2, 3, 5, 6]), [7, 7])
     """
-    return nested_tensor_from_tensor_list([image for image, _ in samples]), [target for _, target in samples]
+    images = nested_tensor_from_tensor_list([image for image, _ in samples])
+    return pad_to_multiple(images, pad_to_multiple_of), [target for _, target in samples]

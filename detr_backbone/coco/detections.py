@@ -107,7 +107,9 @@ def _column(entries: list[Any], key: str, expected: str, where: str) -> npt.NDAr
         column = np.array(values, dtype=np.int64 if types == {int} else np.float64)
     except OverflowError as error:
         raise EvaluationError(f"number is too large | where: {where} key={key} | got {error}") from error
-    if wrong := np.flatnonzero(~np.isfinite(column.reshape(len(values), -1)).all(axis=1)).tolist():
+    if wrong := np.flatnonzero(
+        ~np.isfinite(column.reshape(len(values), 4 if expected == "four numbers" else 1)).all(axis=1)
+    ).tolist():
         raise EvaluationError(
             f"number is not finite | where: {where} index={wrong[0]} key={key} | got {column[wrong[0]]}"
         )

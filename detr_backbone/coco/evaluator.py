@@ -48,16 +48,19 @@ class CocoResult:
         per_class: AP by category name.
         num_images: images that were seen.
         num_expected: images over which the numbers are taken; those not seen count as images without detections.
+        part: which images of the dataset these are, in words; empty for all of them.
     """
 
     stats: Mapping[str, float]
     per_class: Mapping[str, float]
     num_images: int
     num_expected: int
+    part: str = ""
 
     def table(self, intervals: Intervals | None = None) -> str:
         """The numbers as lines of text, in percent, `-` where there is no ground truth; with their intervals."""
         lines = [f"images {self.num_images} of {self.num_expected}"]
+        lines += [f"subset {self.part}"] if self.part else []
         ranges = ({}, {}) if intervals is None else (intervals.stats, intervals.per_class)
         for numbers, around in zip((self.stats, self.per_class), ranges, strict=True):
             width = max(map(len, numbers))
@@ -237,6 +240,7 @@ class CocoEvaluator:
             per_class=per_class,
             num_images=len(self._found),
             num_expected=len(self.image_ids),
+            part=truth.part,
         )
 
     def matches(self, *, allow_partial: bool = False) -> Matches:

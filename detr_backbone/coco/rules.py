@@ -195,7 +195,8 @@ def _examine_boxes(records: Sequence[Record], where: Place) -> tuple[list[Findin
     negative = ~malformed & (boxes[:, 2:] < 0).any(axis=1)
 
     def word(row: int) -> tuple[str, ...]:
-        return f"{where(row)} key=bbox", shortened(raw[row]), "four numbers x, y, w, h"
+        sides = " with w, h >= 0" if negative[row] else ""
+        return f"{where(row)} key=bbox", shortened(raw[row]), f"four numbers x, y, w, h{sides}"
 
     findings = [*found("box_malformed", malformed, word), *found("box_negative", negative, word)]
     return findings, boxes, ~malformed & ~negative

@@ -193,19 +193,19 @@ def examine_segmentations(
     ], masks
 
 
+@np.errstate(over="ignore")
 def _extents(masks: Segmentations, rows: Rows) -> tuple[npt.NDArray[np.float64], ...]:
     """Smallest and largest coordinate of the polygons of some annotations, and the pixels along them; 0 for others."""
     low, high, length = np.zeros((3, len(masks)))
     starts, ends = masks.rings[:-1], masks.rings[1:]
     if not len(rows):
         return low, high, length
-    with np.errstate(over="ignore"):
-        least, most = (
-            np.stack([extreme.reduceat(masks.points[:, axis], starts) for axis in (0, 1)])
-            for extreme in (np.minimum, np.maximum)
-        )
-        # An outline of n points is at most n times the larger side of its box; few are long enough to be measured.
-        lengths = (ends - starts) * (most - least).max(axis=0)
+    least, most = (
+        np.stack([extreme.reduceat(masks.points[:, axis], starts) for axis in (0, 1)])
+        for extreme in (np.minimum, np.maximum)
+    )
+    # An outline of n points is at most n times the larger side of its box; few are long enough to be measured.
+    lengths = (ends - starts) * (most - least).max(axis=0)
     first, stop = masks.spans[rows].T
     for target, values, reduce in (
         (low, least.min(axis=0), np.minimum),

@@ -1,5 +1,6 @@
 """Reference detectors on the backbone, with their matching, losses and post-processing."""
 
+from detr_backbone.detectors.attention_maps import Samples, record_attention, record_samples
 from detr_backbone.detectors.build import DetectorConfig, build_criterion, build_detector, build_postprocess
 from detr_backbone.detectors.criterion import SetCriterion
 from detr_backbone.detectors.deformable_detr import DeformableDETR
@@ -16,9 +17,12 @@ __all__ = [
     "DetectorConfig",
     "HungarianMatcher",
     "PostProcess",
+    "Samples",
     "SetCriterion",
     "Transformer",
     "build_criterion",
     "build_detector",
     "build_postprocess",
+    "record_attention",
+    "record_samples",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 from detr_backbone.backbone import BackboneConfig, build_backbone
 from detr_backbone.detectors.criterion import SetCriterion
 from detr_backbone.detectors.deformable_detr import DeformableDETR
+from detr_backbone.detectors.deformable_sampling import Sampling
 from detr_backbone.detectors.deformable_transformer import DeformableTransformer
 from detr_backbone.detectors.detr import DETR
 from detr_backbone.detectors.matcher import HungarianMatcher
@@ -24,6 +25,7 @@ READ_BY_ONE = {
         "two_stage",
         "focal_alpha",
         "num_select",
+        "sampling",
     ),
 }
 AT_LEAST_ONE = (
@@ -75,6 +77,8 @@ class DetectorConfig:
         eos_coef: detr only: weight of the class "no object" in the label loss.
         focal_alpha: deformable_detr only: alpha of the focal label loss.
         num_select: deformable_detr only: detections per image.
+        sampling: deformable_detr only: how attention reads values between cells, all with the same result: auto,
+            embedding_bag, grid_sample, or ms_deform_attn (needs torch-ms-deform-attn).
 
     Raises:
         ConfigError: a number is out of range, or an option is set that the named detector does not read.
@@ -105,6 +109,7 @@ class DetectorConfig:
     eos_coef: float = 0.1
     focal_alpha: float = 0.25
     num_select: int = 100
+    sampling: Sampling = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in READ_BY_ONE:
@@ -177,6 +182,7 @@ def build_detector(config: DetectorConfig) -> DETR | DeformableDETR:
             dec_n_points=config.dec_n_points,
             two_stage=config.two_stage,
             two_stage_num_proposals=config.num_queries,
+            sampling=config.sampling,
         ),
         num_classes=num_classes,
         num_queries=config.num_queries,

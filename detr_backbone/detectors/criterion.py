@@ -116,7 +116,8 @@ class SetCriterion(nn.Module):
         """Every scalar of `forward` as [L], for logits [L, B, Q, ·] and boxes [L, B, Q, 4]."""
         counts = [len(target["labels"]) for target in targets]
         matches = self.matcher.match_layers(logits, boxes, targets)
-        layer, image, query, target = _pairs(matches, counts).to(logits.device)
+        # From pageable memory a non-blocking copy is safe, and does not wait for the device.
+        layer, image, query, target = _pairs(matches, counts).to(logits.device, non_blocking=True)
         labels = torch.cat([target["labels"] for target in targets])[target]
         wanted = torch.cat([target["boxes"] for target in targets])[target]
         predicted = boxes[layer, image, query]
@@ -125,12 +126,13 @@ class SetCriterion(nn.Module):
         classes[layer, image, query] = labels
         correct = (logits[layer, image, query].argmax(-1) == labels).float()
         found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+        there = torch.tensor(counts).to(logits.device, non_blocking=True)
         return {
             "loss_ce": self._label_loss(logits, classes, num_boxes),
             "class_error": 100 - 100 * correct.sum(1) / max(correct.shape[1], 1),
             "loss_bbox": F.l1_loss(predicted, wanted, reduction="none").sum((1, 2)) / num_boxes,
             "loss_giou": (1 - generalized_iou(predicted, wanted)).sum(1) / num_boxes,
-            "cardinality_error": (found - torch.tensor(counts, device=found.device)).abs().float().mean(1),
+            "cardinality_error": (found - there).abs().float().mean(1),
         }
 
     def _label_loss(self, logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def _pairs(matches: Sequence[Sequence[Match]], counts: Sequence[int]) -> Tensor:
 
 
 def _mean_over_processes(count: int, device: torch.device) -> Tensor:
-    mean = torch.tensor(float(count), device=device)
+    mean = torch.full((), float(count), device=device)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(mean)
         mean /= distributed.get_world_size()

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_backbone.detectors.deformable_sampling import Sampling, check_sampling, multi_scale_deformable_attention
 from detr_backbone.detectors.precision import at_least_float32
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import Size
@@ -32,9 +32,10 @@ class MSDeformAttn(nn.Module):
         n_levels: feature levels L.
         n_heads: attention heads M.
         n_points: points J that a head samples on each level.
+        sampling: how values between cells are read; see `sampling_on` for what "auto" takes.
 
     Raises:
-        ConfigError: the heads do not share the channels evenly.
+        ConfigError: the heads do not share the channels evenly, or `sampling` is not there.
 
     >>> attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3)
     >>> query, reference_points, value = torch.zeros(1, 5, 32), torch.full((1, 5, 2, 2), 0.5), torch.zeros(1, 15, 32)
@@ -42,14 +43,24 @@ class MSDeformAttn(nn.Module):
     torch.Size([1, 5, 32])
     """
 
-    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+        *,
+        sampling: Sampling = "auto",
+    ) -> None:
         super().__init__()
+        check_sampling(sampling)
         if d_model % n_heads:
             raise ConfigError(f"`d_model` must be a multiple of `n_heads` = {n_heads}, got {d_model}")
         self.d_model = d_model
         self.n_levels = n_levels
         self.n_heads = n_heads
         self.n_points = n_points
+        self.sampling = sampling
         self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -94,8 +105,9 @@ class MSDeformAttn(nn.Module):
             value = value.masked_fill(padding_mask[..., None], 0)
         locations, weights = self.samples(query, reference_points, spatial_shapes)
         value = value.view(*value.shape[:2], self.n_heads, -1)
-        read: Tensor = self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights))
-        return read
+        read = multi_scale_deformable_attention(value, spatial_shapes, locations, weights, sampling=self.sampling)
+        out: Tensor = self.output_proj(read)
+        return out
 
     def samples(self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Size]) -> tuple[Tensor, Tensor]:
         """Where each query looks and how much each look weighs.
@@ -110,50 +122,23 @@ class MSDeformAttn(nn.Module):
         shape = (*query.shape[:2], self.n_heads, self.n_levels, self.n_points)
         offsets = at_least_float32(self.sampling_offsets(query)).view(*shape, 2)
         weights = at_least_float32(self.attention_weights(query)).view(*shape[:3], -1).softmax(dim=-1).view(shape)
-        centre = reference_points[:, :, None, :, None, :2]
+        # Laid out for every point, so that what follows runs along memory and not along pairs of numbers.
+        centre = self._of_points(reference_points[..., :2])
         if reference_points.shape[-1] == 2:
             cells = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=offsets.dtype)
             # From pageable memory a non-blocking copy is safe, and does not wait for the device.
-            unit = 1 / cells.to(offsets.device, non_blocking=True)[:, None]
+            unit = self._of_points(1 / cells.to(offsets.device, non_blocking=True))
         elif reference_points.shape[-1] == 4:
-            unit = reference_points[:, :, None, :, None, 2:] * (0.5 / self.n_points)
+            unit = self._of_points(reference_points[..., 2:] * (0.5 / self.n_points))
         else:
             raise ValueError(
                 f"`reference_points` must be [B, Q, L, 2] or [B, Q, L, 4], got {list(reference_points.shape)}"
             )
         return centre + offsets * unit, weights
 
+    def _of_points(self, pairs: Tensor) -> Tensor:
+        """From [..., L, 2] to [..., 1, L, J, 2], the same for every head."""
+        return pairs[..., None, :, None, :].expand(*pairs.shape[:-2], 1, -1, self.n_points, -1).contiguous()
 
-def multi_scale_deformable_attention(
-    value: Tensor, spatial_shapes: Sequence[Size], sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    """Weighted sums of values read at sub-cell locations, [B, Q, C] in the dtype of `value`.
-
-    Interpolation is bilinear between cell centres, over zeros beyond the border.
-
-    Args:
-        value: [B, S, M, D].
-        spatial_shapes: (h, w) of each level in cells, S in all.
-        sampling_locations: (x, y) [B, Q, M, L, J, 2]; (0, 0) and (1, 1) are a level's outer corners.
-        attention_weights: [B, Q, M, L, J].
-
-    Raises:
-        ValueError: the levels do not have S cells.
-    """
-    batch, cells, heads, channels = value.shape
-    queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
-    if sum(h * w for h, w in spatial_shapes) != cells or len(spatial_shapes) != levels:
-        raise ValueError(
-            f"`spatial_shapes` must hold {levels} levels of {cells} cells together, got {list(spatial_shapes)}"
-        )
-    # Level by level, and queries last so that the sum over points runs along memory: on a CPU, forward and backward
-    # take 0.7 of their time with points last and all levels stacked.
-    grids = (2 * sampling_locations - 1).permute(3, 0, 2, 4, 1, 5).reshape(levels, batch * heads, points, queries, 2)
-    weights = attention_weights.permute(3, 0, 2, 4, 1).reshape(levels, batch * heads, 1, points, queries)
-    parts = torch.split(value, [h * w for h, w in spatial_shapes], dim=1)
-    read = grids.new_zeros(())
-    for (h, w), part, grid, weight in zip(spatial_shapes, parts, grids, weights, strict=True):
-        level = part.permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w).to(grid.dtype)
-        sampled = F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        read = read + (sampled * weight).sum(dim=2)
-    return read.reshape(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
+    def extra_repr(self) -> str:
+        return f"sampling={self.sampling}"

@@ -140,7 +140,8 @@ class DeformableDETR(nn.Module):
 
     def _levels(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
         """Every level at the transformer's width, and its positions."""
-        _ = images.sizes  # refuses an image that is padding only, and padding above or left of an image
+        if not torch.compiler.is_compiling():
+            _ = images.sizes  # refuses an image that is padding only, and padding above or left of an image
         features, positions = self.backbone(images)
         sources = [*features, features[-1]]
         levels: list[NestedTensor] = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_backbone.detectors.deformable_attention import MSDeformAttn
+from detr_backbone.detectors.deformable_sampling import Sampling
 from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.references import Cells, box_encoding, refine
 from detr_backbone.detectors.transformer import ACTIVATIONS, Activation
@@ -40,9 +41,10 @@ class DeformableTransformer(nn.Module):
         enc_n_points, dec_n_points: points that a head samples on each level.
         two_stage: take the queries from the best of the boxes that every cell proposes, instead of learning them.
         two_stage_num_proposals: Q, how many proposals become queries.
+        sampling: how attention reads values between cells; see `MSDeformAttn`.
 
     Raises:
-        ConfigError: `nhead` does not divide `d_model`, or `activation` is unknown.
+        ConfigError: `nhead` does not divide `d_model`, `activation` is unknown, or `sampling` is not there.
 
     >>> transformer = DeformableTransformer(d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=3,
     ...                                     num_feature_levels=2)
@@ -67,6 +69,7 @@ class DeformableTransformer(nn.Module):
         enc_n_points: int = 4,
         two_stage: bool = False,
         two_stage_num_proposals: int = 300,
+        sampling: Sampling = "auto",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -77,11 +80,11 @@ class DeformableTransformer(nn.Module):
         self.two_stage_num_proposals = two_stage_num_proposals
 
         def encoder_layer() -> DeformableTransformerEncoderLayer:
-            attention = MSDeformAttn(d_model, num_feature_levels, nhead, enc_n_points)
+            attention = MSDeformAttn(d_model, num_feature_levels, nhead, enc_n_points, sampling=sampling)
             return DeformableTransformerEncoderLayer(attention, dim_feedforward, dropout, activation)
 
         def decoder_layer() -> DeformableTransformerDecoderLayer:
-            attention = MSDeformAttn(d_model, num_feature_levels, nhead, dec_n_points)
+            attention = MSDeformAttn(d_model, num_feature_levels, nhead, dec_n_points, sampling=sampling)
             return DeformableTransformerDecoderLayer(attention, nhead, dim_feedforward, dropout, activation)
 
         self.encoder = DeformableTransformerEncoder([encoder_layer() for _ in range(num_encoder_layers)])
@@ -154,7 +157,7 @@ class DeformableTransformer(nn.Module):
         usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True)  # padding has its centres beyond 1
         content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
         logits = outside_autocast(class_embed[-1], content)
-        if not propose_padding:
+        if not propose_padding and cells.mask is not None:
             logits = logits.masked_fill(cells.mask[..., None], PADDED_LOGIT)
         boxes = refine(anchors, outside_autocast(bbox_embed[-1], content))
         return Proposals(logits, boxes.masked_fill(~usable, 1))
@@ -169,8 +172,9 @@ class DeformableTransformer(nn.Module):
         return references, query_pos, tgt
 
     def _check_candidates(self, levels: Sequence[NestedTensor], *, propose_padding: bool) -> None:
+        whole = propose_padding or torch.compiler.is_compiling()  # a graph does not know the sizes
         for index in range(len(levels[0])):
-            shapes = [level.tensors.shape[-2:] if propose_padding else level.sizes[index] for level in levels]
+            shapes = [level.tensors.shape[-2:] if whole else level.sizes[index] for level in levels]
             count = sum(h * w for h, w in shapes)
             if count < self.two_stage_num_proposals:
                 raise ValueError(

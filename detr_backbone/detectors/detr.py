@@ -64,8 +64,9 @@ class DETR(nn.Module):
             padding; with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first.
         """
         features, positions = self.backbone(as_nested_tensor(images))
-        src, mask = features[-1].decompose()
-        hidden, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
+        level = features[-1]
+        mask = level.mask if level.is_padded else None
+        hidden, _ = self.transformer(self.input_proj(level.tensors), mask, self.query_embed.weight, positions[-1])
         logits = outside_autocast(self.class_embed, hidden)
         boxes = outside_autocast(self.bbox_embed, hidden).sigmoid()
         outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}

@@ -89,7 +89,7 @@ class HungarianMatcher(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted costs [L, T, Q] of all T targets in the batch, each against the queries of its own image."""
         device = logits.device
-        image = torch.repeat_interleave(torch.tensor(counts)).to(device)
+        image = torch.repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
         labels = torch.cat([target["labels"] for target in targets]).to(device, torch.int64)
         wanted = torch.cat([target["boxes"] for target in targets]).to(device, torch.float32).reshape(-1, 1, 4)
         predicted = boxes.float()[:, image]

@@ -22,12 +22,13 @@ class Cells:
     """The cells of all levels in sequence: where they are padding, and where they stand in their image."""
 
     spatial_shapes: list[Size]
-    mask: Tensor  # [B, S], True on padding
+    mask: Tensor | None  # [B, S], True on padding; None where nothing is padded
     centres: Tensor  # [B, S, 2], (x, y) as a share of the image without its padding
     valid_ratios: Tensor  # [B, L, 2], the image's share (x, y) of the padded level
 
     @classmethod
     def of(cls, levels: Sequence[NestedTensor]) -> "Cells":
+        is_padded = any(level.is_padded for level in levels)
         centres, ratios = [], []
         for level in levels:
             valid = ~level.mask
@@ -40,7 +41,7 @@ class Cells:
             ratios.append(torch.stack([valid_width / width, valid_height / height], dim=-1))
         return cls(
             spatial_shapes=[(level.mask.shape[1], level.mask.shape[2]) for level in levels],
-            mask=torch.cat([level.mask.flatten(1) for level in levels], dim=1),
+            mask=torch.cat([level.mask.flatten(1) for level in levels], dim=1) if is_padded else None,
             centres=torch.cat(centres, dim=1),
             valid_ratios=torch.stack(ratios, dim=1),
         )

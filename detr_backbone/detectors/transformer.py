@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 Activation: TypeAlias = Literal["relu", "gelu"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+# In place where nothing else needs what comes in: it is always the output of a linear layer.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
 
 
 class Transformer(nn.Module):
@@ -88,12 +89,15 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Every query's states in the decoder, normalised, and what they looked at.
 
         Args:
             src: features [B, C, h, w].
-            mask: bool [B, h, w], True on padding; nothing attends to a padded cell.
+            mask: bool [B, h, w], True on padding, to which nothing attends; None where nothing is padded, and attention
+                is faster.
             query_embed: [Q, C], the learned position of each query, the same for every image.
             pos_embed: [B, C, h, w], the position of each cell.
 
@@ -102,7 +106,7 @@ class Transformer(nn.Module):
             feature map [B, C, h, w].
         """
         cells = src.flatten(2).transpose(1, 2)
-        padding = mask.flatten(1)
+        padding = None if mask is None else mask.flatten(1)
         pos = pos_embed.flatten(2).transpose(1, 2)
         query_pos = query_embed.expand(len(src), -1, -1)
 
@@ -119,8 +123,8 @@ class TransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, src: Tensor, padding: Tensor, pos: Tensor) -> Tensor:
-        """Cells [B, h*w, C] with knowledge of each other; `padding` [B, h*w] is True on cells not to be seen."""
+    def forward(self, src: Tensor, padding: Tensor | None, pos: Tensor) -> Tensor:
+        """Cells [B, h*w, C] with knowledge of each other; `padding` [B, h*w] is True on cells not to see."""
         for layer in self.layers:
             src = layer(src, padding, pos)
         if self.norm is not None:
@@ -139,7 +143,7 @@ class TransformerDecoder(nn.Module):
         self.norm = norm
         self.return_intermediate = return_intermediate
 
-    def forward(self, tgt: Tensor, memory: Tensor, padding: Tensor, pos: Tensor, query_pos: Tensor) -> Tensor:
+    def forward(self, tgt: Tensor, memory: Tensor, padding: Tensor | None, pos: Tensor, query_pos: Tensor) -> Tensor:
         """Normalised query states [L, B, Q, C], or [1, B, Q, C] of the last layer only."""
         keys = memory + pos
         states = []
@@ -191,11 +195,12 @@ class TransformerEncoderLayer(_Layer):
         self.activation = ACTIVATIONS[activation]
         self.normalize_before = normalize_before
 
-    def forward(self, src: Tensor, padding: Tensor, pos: Tensor) -> Tensor:
+    def forward(self, src: Tensor, padding: Tensor | None, pos: Tensor) -> Tensor:
         """Cells [B, h*w, C] after this layer."""
 
         def look_around(x: Tensor) -> Tensor:
-            return _attend(self.self_attn, x + pos, x + pos, x, padding)
+            query = x + pos
+            return _attend(self.self_attn, query, query, x, padding)
 
         src = self._step(src, self.norm1, look_around)
         return self._step(src, self.norm2, self._feed_forward)
@@ -226,11 +231,12 @@ class TransformerDecoderLayer(_Layer):
         self.activation = ACTIVATIONS[activation]
         self.normalize_before = normalize_before
 
-    def forward(self, tgt: Tensor, keys: Tensor, values: Tensor, padding: Tensor, query_pos: Tensor) -> Tensor:
+    def forward(self, tgt: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, query_pos: Tensor) -> Tensor:
         """Query states [B, Q, C] after this layer; `keys` are the cells with their positions, `values` without."""
 
         def look_around(x: Tensor) -> Tensor:
-            return _attend(self.self_attn, x + query_pos, x + query_pos, x, None)
+            query = x + query_pos
+            return _attend(self.self_attn, query, query, x, None)
 
         def look_at_image(x: Tensor) -> Tensor:
             return _attend(self.multihead_attn, x + query_pos, keys, values, padding)

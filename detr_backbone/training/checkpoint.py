@@ -76,7 +76,8 @@ def refuse_another_run(checkpoint: Checkpoint, config: TrainConfig, categories: 
     Raises:
         CheckpointError: naming the first difference.
     """
-    saved, asked = dict(flat(checkpoint.config)), dict(flat(config_to_dict(config)))
+    defaults = dict(flat(config_to_dict(TrainConfig())))  # of options that came after the checkpoint
+    saved, asked = defaults | dict(flat(checkpoint.config)), dict(flat(config_to_dict(config)))
     for key in sorted(saved.keys() | asked.keys()):
         if key not in MAY_CHANGE and saved.get(key) != asked.get(key):
             raise CheckpointError(

@@ -12,6 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.findings import DataPolicies
+from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
@@ -24,10 +25,12 @@ class SplitConfig:
     Args:
         images: the folder of the pictures.
         annotations: the JSON file.
+        subset: which of its images; without any option, all of them.
     """
 
     images: str = ""
     annotations: str = ""
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,10 @@ class DataConfig:
         policies: what is done about faults of the annotations that need not be refused.
         transforms: how pictures are resized, varied and normalised.
         batch_size: images per batch and process.
+        pad_to_multiple_of: divides the sides of every batch; with `compile`, it bounds the number of sizes that are
+            compiled.
+        group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
+            not what the papers did. Evaluation always does so.
         num_workers: processes that read images; 0 reads them in the training process.
         eval_backend: the library that computes COCO's numbers; all give the same, and the last two are faster and need
             `pip install detr_backbone[fast-eval]`.
@@ -50,11 +57,13 @@ class DataConfig:
     policies: DataPolicies = field(default_factory=DataPolicies)
     transforms: TransformConfig = field(default_factory=TransformConfig)
     batch_size: int = 2
+    pad_to_multiple_of: int = 1
+    group_by_aspect_ratio: bool = False
     num_workers: int = 2
     eval_backend: Backend = "pycocotools"
 
     def __post_init__(self) -> None:
-        for key, least in (("batch_size", 1), ("num_workers", 0)):
+        for key, least in (("batch_size", 1), ("num_workers", 0), ("pad_to_multiple_of", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"`data.{key}` must be at least {least}, got {getattr(self, key)}")
 
@@ -105,6 +114,7 @@ class TrainConfig:
         data: the data.
         optimizer: the optimiser.
         mixed_precision: "bf16" computes the detector under autocast.
+        compile: compile the detector with torch.compile: minutes at the start, less time for every step after.
         calibration_images: training images from which a backbone without pretrained weights takes its frozen BatchNorm
             statistics before the first step; 0 leaves them at (0, 1).
         eval_every: epochs between evaluations; the last epoch is always evaluated.
@@ -117,6 +127,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixed_precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
     calibration_images: int = 256
     eval_every: int = 1
     seed: int = 0
@@ -170,10 +181,14 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return {key: _plain(value) for key, value in asdict(config).items()}
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the configuration as a YAML file that `--config` reads, in a folder that is made where it is missing."""
+def save_config(config: TrainConfig, path: Path, *, remarks: Sequence[str] = ()) -> None:
+    """Write the configuration as a YAML file that `--config` reads, in a folder that is made where it is missing.
+
+    `remarks` stand above it as comments.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+    comments = "".join(f"# {remark}\n" for remark in remarks)
+    path.write_text(comments + yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def config_from_dict(content: Mapping[str, Any]) -> TrainConfig:

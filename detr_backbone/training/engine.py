@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
 from detr_backbone.coco.findings import KINDS
+from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
@@ -62,8 +63,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     set_seed(config.seed)
     rank = accelerator.process_index
     loader = train_loader(train_set, config.data, seed=config.seed, world_size=accelerator.num_processes, rank=rank)
-    model = build_detector(config.detector if previous is None else without_pretrained(config.detector))
-    model.to(accelerator.device)
+    model = _build_model(config, resumed=previous is not None).to(accelerator.device)
     criterion = build_criterion(config.detector).to(accelerator.device)
     postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
     optimizer = build_optimizer(model, config.optimizer)
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
         seed_epoch(loader, config.seed, epoch=0, rank=rank)
         log.say(_start(model, config, loader, accelerator))
     if accelerator.is_main_process:
-        save_config(config, folder / "config.yaml")
+        save_config(config, folder / "config.yaml", remarks=_identities(train_set, val_set))
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
     prepared = accelerator.prepare(model)
 
@@ -98,7 +98,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            means.add(losses)
+            means.add(losses, images)
         if accelerator.is_main_process:
             state = Checkpoint(
                 model=model.state_dict(),
@@ -121,6 +121,13 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
     return result
 
 
+def _build_model(config: TrainConfig, *, resumed: bool) -> DETR | DeformableDETR:
+    model = build_detector(without_pretrained(config.detector) if resumed else config.detector)
+    if config.compile:
+        model.compile()
+    return model
+
+
 def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: Accelerator) -> str:
     """Give the backbone of a new run what it starts from, and say what that is."""
     report = model.backbone[0].weights
@@ -140,7 +147,15 @@ def _described(dataset: CocoDetection, config: TrainConfig) -> str:
         f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
         for kind, count in dataset.findings.items()
     ]
-    return f"{len(dataset)} images" + (f" ({'; '.join(notes)})" if notes else "")
+    return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _identities(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
+    """What tells later whether another run saw the same images."""
+    return [
+        f"data.{split}: {len(dataset)} images, ids sha256 {image_ids_sha256(dataset.image_ids)}"
+        for split, dataset in (("train", train_set), ("val", val_set))
+    ]
 
 
 def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:

@@ -75,16 +75,21 @@ def predict(
     model: nn.Module, postprocess: PostProcess, pictures: Iterable[Image.Image], config: TransformConfig
 ) -> Iterator[Detections]:
     """Detections of each picture, one picture at a time, on the detector's device."""
-    transforms = make_transforms(config, train=False)
     device = next(model.parameters()).device
     for picture in pictures:
-        size = (picture.height, picture.width)
-        boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
-        target = Target(boxes=boxes, labels=torch.zeros(0), image_id=0, orig_size=size, size=size)
-        image, _ = transforms(tv_tensors.Image(picture), target)
-        outputs = model(nested_tensor_from_tensor_list([image]).to(device))
-        (found,) = postprocess(outputs, torch.tensor([size], device=device))
+        outputs = model(nested_tensor_from_tensor_list([model_input(picture, config)]).to(device))
+        (found,) = postprocess(outputs, torch.tensor([(picture.height, picture.width)], device=device))
         yield {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def model_input(picture: Image.Image, config: TransformConfig) -> Tensor:
+    """A picture as a detector takes it in evaluation, float32 [3, h, w]: resized and normalised."""
+    size = (picture.height, picture.width)
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
+    target = Target(boxes=boxes, labels=torch.zeros(0), image_id=0, orig_size=size, size=size)
+    image: Tensor
+    image, _ = make_transforms(config, train=False)(tv_tensors.Image(picture), target)
+    return image
 
 
 @torch.inference_mode()

@@ -10,28 +10,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from detr_backbone.coco.evaluator import STATS
+from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.data import Batch, Loader
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
-COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS)
+COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS, "padding")
 
 
 class Means:
-    """Running means of the losses of an epoch, in this process."""
+    """Running means of the losses of an epoch, and the share of padding in its batches, in this process."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._pixels = self._cells = 0
 
-    def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Count the losses of one step."""
+    def add(self, losses: Mapping[str, Tensor], images: NestedTensor) -> None:
+        """Count the losses of one step, and the padding of its batch."""
         self._count += 1
+        self._pixels += sum(height * width for height, width in images.sizes)
+        self._cells += images.mask.numel()
         for name in LOSSES:
             self._sums[name] = self._sums.get(name, 0) + losses[name].detach()  # no wait for the device here
 
     def values(self) -> dict[str, float]:
-        """The mean of each loss so far."""
-        return {name: total.item() / self._count for name, total in self._sums.items()}
+        """The mean of each loss so far, and the share of all pixels that were padding."""
+        means = {name: total.item() / self._count for name, total in self._sums.items()}
+        return means | {"padding": 1 - self._pixels / self._cells}
 
     def __str__(self) -> str:
         return "  ".join(f"{name} {value:.3f}" for name, value in self.values().items() if name.startswith("loss"))
@@ -74,8 +79,9 @@ class RunLog:
     def epoch(self, epoch: int, *, step: int, lr: float, means: Means, stats: Mapping[str, float]) -> None:
         """Print one line and write one row; `stats` is empty where nothing was evaluated."""
         seconds = time.monotonic() - self._start
+        values = means.values()
         evaluated = "".join(f"  {name} {stats[name]:.3f}" for name in ("AP", "AP50") if stats)
-        self.say(f"epoch {epoch:>3}  {seconds / 60:5.1f} min  {means}{evaluated}")
+        self.say(f"epoch {epoch:>3}  {seconds / 60:5.1f} min  {means}  padding {values['padding']:.0%}{evaluated}")
         if self._path is None:
             return
         is_new = not self._path.exists()
@@ -83,5 +89,5 @@ class RunLog:
             writer = csv.DictWriter(file, COLUMNS)
             if is_new:
                 writer.writeheader()
-            values = {"epoch": epoch, "step": step, "seconds": seconds, "lr": lr, **means.values(), **stats}
-            writer.writerow({name: f"{value:.6g}" for name, value in values.items()})
+            row = {"epoch": epoch, "step": step, "seconds": seconds, "lr": lr, **values, **stats}
+            writer.writerow({name: f"{value:.6g}" for name, value in row.items()})

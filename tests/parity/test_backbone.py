@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from detr_backbone import BackboneConfig, Joiner, build_backbone
-from detr_backbone.backbone import STAGES
 from tests.parity.drawn import BATCHES, assert_reproduced, drawn_batch, load_drawn, published
 
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 CASES: dict[str, dict[str, Any]] = {
     "backbone_r18_all": {"name": "resnet18", "return_layers": STAGES},
     "backbone_r50_layer4": {"name": "resnet50"},

@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds."""
+"""What a detector finds, on the picture."""
 
 from collections.abc import Sequence
 from importlib.resources import files

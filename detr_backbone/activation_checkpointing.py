@@ -1,0 +1,46 @@
+"""Memory for time: layers whose inner activations are not kept for the backward pass, but computed again in it.
+
+Source: arXiv 1604.06174.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from detr_backbone.errors import ConfigError
+from detr_backbone.layer_getter import unknown_name
+from detr_backbone.padding import ExactPadding
+
+
+def checkpoint_layers(body: nn.Module, paths: Sequence[str], exact_padding: ExactPadding | None) -> None:
+    """Let layers of a network keep their inputs only; what a layer gives, its gradients and its keys stay the same.
+
+    Args:
+        body: the network; its layers are changed in place.
+        paths: of the layers, such as the stages of a ResNet; one by one, for a layer is computed again as a whole.
+        exact_padding: what keeps padding out of `body`, so that it is kept out of the second computation too.
+
+    Raises:
+        ConfigError: a layer does not exist.
+    """
+    known = dict(body.named_modules())
+    for path in paths:
+        if not path or path not in known:
+            children = [name for name, _ in body.named_children()]
+            raise ConfigError(f"`checkpointed_layers` must name layers: {unknown_name(path, children, also=known)}")
+    for path in paths:
+        layer: Any = known[path]
+        layer.forward = partial(_computed_again, layer, exact_padding)
+
+
+def _computed_again(layer: nn.Module, exact_padding: ExactPadding | None, *args: Any, **kwargs: Any) -> Any:
+    forward: Callable[..., Any] = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    again: AbstractContextManager[None] = nullcontext() if exact_padding is None else exact_padding.again()
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)

@@ -1,0 +1,227 @@
+"""Which images of a COCO dataset are taken: the same ones whenever they are asked for.
+
+Conditions come first: named images, images with objects of some categories or areas. Of what is left, `count` or
+`share` takes the first images of an order that a seed decides. The order depends on neither of them, so with the same
+seed and conditions 500 images are among the 1,000.
+
+Unless `balanced`, an image's place in the order follows from the seed and its id, and from nothing else. So the draw is
+the same on every machine and for every order of the records, and where a dataset grows, new images may push old ones
+out of the first 500, but two old ones never change places. Images whose ids are given anew are drawn anew. A balanced
+order follows from the objects of all images that are left, and moves with any of them.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from detr_backbone.coco.annotations import CocoAnnotations
+from detr_backbone.errors import ConfigError
+
+Places: TypeAlias = npt.NDArray[np.int64]  # where images stand in `CocoAnnotations.image_ids`
+
+_NAMED = 5  # unknown entries that an error names
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """Which images of a dataset are taken; without any option, all of them.
+
+    Objects are annotations that are not crowds. An image is taken with all its annotations, whatever it was taken for.
+
+    Args:
+        image_ids: only these images.
+        image_list: only the images in this text file, one file name or image id per line.
+        categories: only images with an object of one of these categories, given by name or id.
+        min_area: only images with an object of at least this area in square pixels, of `categories` where they are set.
+        max_area: only images with an object of a smaller area than this; the same object that `min_area` asks for.
+        count: so many of the images that are left.
+        share: this share of them instead, rounded to whole images, at least one.
+        seed: another seed draws others.
+        balanced: draw in turn for the category that the fewest drawn images hold, the rarest first.
+        drop_unused_categories: leave out categories without annotations in the subset, which renumbers the labels; a
+            detector that was trained on the whole dataset does not fit then.
+
+    Raises:
+        ConfigError: a value is out of range, or two contradict each other.
+    """
+
+    image_ids: tuple[int, ...] = ()
+    image_list: str = ""
+    categories: tuple[int | str, ...] = ()
+    min_area: float = 0.0
+    max_area: float | None = None
+    count: int | None = None
+    share: float | None = None
+    seed: int = 0
+    balanced: bool = False
+    drop_unused_categories: bool = False
+
+    def __post_init__(self) -> None:
+        for key, fits, expected in (
+            ("min_area", self.min_area >= 0, "at least 0"),
+            ("max_area", self.max_area is None or self.max_area > self.min_area, "above `subset.min_area`"),
+            ("count", self.count is None or self.count >= 1, "at least 1"),
+            ("share", self.share is None or 0 < self.share <= 1, "above 0 and at most 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise ConfigError(f"`subset.{key}` must be {expected}, got {getattr(self, key)}")
+        for key, other in (("image_ids", "image_list"), ("count", "share")):
+            if getattr(self, key) and getattr(self, other):
+                raise ConfigError(
+                    f"`subset.{key}` and `subset.{other}` exclude each other, got {getattr(self, key)} and "
+                    f"{getattr(self, other)}"
+                )
+        for key in ("seed", "balanced"):
+            if getattr(self, key) and self.count is None and self.share is None:
+                raise ConfigError(
+                    f"`subset.{key}` decides what `subset.count` or `subset.share` draws: set one of them, got "
+                    f"{getattr(self, key)} alone"
+                )
+
+    @property
+    def in_words(self) -> str:
+        """The options that are set.
+
+        >>> SubsetConfig(categories=("cat", 18), max_area=1024, count=500).in_words
+        'with cat or 18, areas from 0 to 1024, seed 0'
+        """
+        limit = "" if self.max_area is None else f" to {self.max_area:g}"
+        return ", ".join(
+            words
+            for words, is_set in (
+                (f"{len(self.image_ids)} ids", self.image_ids),
+                (f"listed in {self.image_list}", self.image_list),
+                (f"with {' or '.join(map(str, self.categories))}", self.categories),
+                (f"areas from {self.min_area:g}{limit}", self.min_area or limit),
+                ("balanced", self.balanced),
+                (f"seed {self.seed}", self.count or self.share),
+                ("unused categories dropped", self.drop_unused_categories),
+            )
+            if is_set
+        )
+
+
+def choose_images(annotations: CocoAnnotations, config: SubsetConfig) -> Places:
+    """The places of the images that a configuration takes, ascending.
+
+    Raises:
+        ConfigError: an image or category is unknown; no image is left, or fewer than `count`.
+    """
+    left = np.ones(len(annotations.image_ids), dtype=np.bool_)
+    if config.image_ids or config.image_list:
+        left[:] = False
+        left[places_of_ids(annotations, config.image_ids or _listed(annotations, config.image_list))] = True
+    objects = ~annotations.is_crowd & (annotations.areas >= config.min_area)
+    if config.max_area is not None:
+        objects &= annotations.areas < config.max_area
+    if config.categories:
+        objects &= np.isin(annotations.labels, _labels(annotations, config.categories))
+    if config.categories or config.min_area or config.max_area is not None:
+        left &= np.bincount(annotations.image_index[objects], minlength=len(left)) > 0
+    places = np.flatnonzero(left)
+    count = config.count or (len(places) if config.share is None else max(1, round(config.share * len(places))))
+    if not len(places) or count > len(places):
+        raise ConfigError(
+            f"subset has {'too few' if len(places) else 'no'} images | where: file={annotations.source} key=subset | "
+            f"got {len(places)} of {len(left)} ({config.in_words}) expected {count or 1} or more"
+        )
+    if count < len(places):
+        keys = [_key(config.seed, image_id) for image_id in annotations.image_ids[places].tolist()]
+        order = places[np.argsort(np.array(keys, dtype=np.uint64), kind="stable")]
+        places = np.sort((_balanced(order, annotations, objects, count) if config.balanced else order)[:count])
+    return places
+
+
+def _key(seed: int, image_id: int) -> int:
+    """A number of 64 bits that is as good as random, and the same for all time."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {image_id}".encode(), digest_size=8).digest(), "big")
+
+
+def _balanced(order: Places, annotations: CocoAnnotations, objects: npt.NDArray[np.bool_], count: int) -> Places:
+    """An order whose first `count` images let the categories keep pace; images without objects come last."""
+    holds = np.zeros((len(annotations.image_ids), len(annotations.category_ids)), dtype=np.bool_)
+    holds[annotations.image_index[objects], annotations.labels[objects]] = True
+    waiting = [iter(order[column].tolist()) for column in holds[order].T]
+    available = holds[order].sum(axis=0)
+    drawn = np.zeros(len(available), dtype=np.int64)
+    exhausted = available == 0
+    chosen: dict[int, None] = {}  # an ordered set
+    while len(chosen) < count and not exhausted.all():
+        pace = np.where(exhausted, np.iinfo(np.int64).max, drawn * (len(order) + 1) + available)
+        category = int(pace.argmin())
+        place = next((place for place in waiting[category] if place not in chosen), None)
+        if place is None:
+            exhausted[category] = True
+        else:
+            chosen[place] = None
+            drawn += holds[place]
+    rest = order[~np.isin(order, list(chosen))]
+    return np.concatenate([np.array(list(chosen), dtype=np.int64), rest])
+
+
+def places_of_ids(annotations: CocoAnnotations, image_ids: Sequence[int]) -> Places:
+    """The places of images, ascending, each once.
+
+    Raises:
+        ConfigError: an id is unknown.
+    """
+    known = annotations.image_ids.tolist()
+    wanted = sorted(set(image_ids))
+    _refuse_unknown("image ids", sorted(set(wanted).difference(known)), known, annotations, "image_ids")
+    return np.searchsorted(annotations.image_ids, wanted)
+
+
+def _listed(annotations: CocoAnnotations, path: str) -> list[int]:
+    """The ids of the images that a text file lists; a line that is no file name may be an id."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ConfigError(
+            f"image list cannot be read | where: file={path} key=subset.image_list | got {error}"
+        ) from error
+    ids, names = annotations.image_ids.tolist(), annotations.file_names.tolist()
+    places: dict[str, list[int]] = {}
+    for image_id, name in zip(ids, names, strict=True):
+        places.setdefault(name, []).append(image_id)
+    known = set(ids)
+    found = {
+        line: places.get(line) or ([int(line)] if line.isdecimal() and int(line) in known else [])
+        for line in filter(None, map(str.strip, lines))
+    }
+    _refuse_unknown("listed images", [line for line in found if not found[line]], names, annotations, "image_list")
+    return [image_id for image_ids in found.values() for image_id in image_ids]
+
+
+def _labels(annotations: CocoAnnotations, categories: Sequence[int | str]) -> list[int]:
+    labels: dict[int | str, int] = {}
+    for label, names in enumerate(zip(annotations.category_ids, annotations.category_names, strict=True)):
+        labels |= dict.fromkeys(names, label)
+    unknown = [entry for entry in categories if entry not in labels]
+    _refuse_unknown("categories", unknown, list(labels), annotations, "categories")
+    return [labels[entry] for entry in categories]
+
+
+def _refuse_unknown(
+    what: str, unknown: Sequence[int | str], known: Sequence[int | str], annotations: CocoAnnotations, key: str
+) -> None:
+    if unknown:
+        named = ", ".join(f"{value!r}{_nearest(value, known)}" for value in unknown[:_NAMED])
+        raise ConfigError(
+            f"{what} are not in the dataset | where: file={annotations.source} key=subset.{key} | "
+            f"got {len(unknown)} unknown: {named}{', ...' if len(unknown) > _NAMED else ''}"
+        )
+
+
+def _nearest(value: int | str, known: Sequence[int | str]) -> str:
+    if isinstance(value, int):
+        near: list[Any] = sorted((entry for entry in known if isinstance(entry, int)), key=lambda e: abs(e - value))
+    else:
+        near = difflib.get_close_matches(value, [entry for entry in known if isinstance(entry, str)], cutoff=0.5)
+    return f" (nearest {near[0]!r})" if near else ""

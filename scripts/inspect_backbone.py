@@ -1,0 +1,170 @@
+"""A look inside a detector: python scripts/inspect_backbone.py --checkpoint runs/shapes/checkpoint.pt --output look."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from detr_backbone import IntermediateLayerGetter, describe, nested_tensor_from_tensor_list
+from detr_backbone.coco.images import read_image
+from detr_backbone.coco.shapes import draw_shapes
+from detr_backbone.detectors import DETR, DeformableDETR, build_detector, record_attention, record_samples
+from detr_backbone.errors import ConfigError
+from detr_backbone.training import (
+    TrainConfig,
+    detector_of,
+    load_checkpoint,
+    model_input,
+    parse_config,
+    parse_options,
+    picture_files,
+    plain_errors,
+)
+from detr_backbone.visualize import draw_attention, draw_feature_maps, draw_levels, draw_sampling_points
+
+
+@torch.no_grad()
+def main(
+    *,
+    checkpoint: str | None = None,
+    config: str | None = None,
+    images: list[str] | str | None = None,
+    layers: list[str] | int | str = 1,
+    limit: int = 2,
+    queries: int = 4,
+    output: str | None = None,
+) -> None:
+    """Describe the layers of a detector, and draw its features, masks, positions and what its queries look at.
+
+    Args:
+        checkpoint: the trained detector; its own configuration says what it is.
+        config: without a checkpoint, the configuration of a detector that is looked at untrained.
+        images: a picture, a folder of pictures, or several as [A, B]; drawn shapes if left out.
+        layers: a path of named_modules(), several as [A, B], or how deep the table goes; the maps of the paths are
+            drawn, or else those of the backbone's levels.
+        limit: pictures to take.
+        queries: queries to draw for each picture, those of the highest score.
+        output: a folder for the table (layers.csv, layers.json) and the drawings; without one, the table is shown only.
+    """
+    if (checkpoint is None) == (config is None) or min(limit, queries) < 1:
+        raise ConfigError("give --checkpoint or --config, and at least 1 as --limit and --queries")
+    model, settings, names = _trained(checkpoint) if checkpoint is not None else _untrained(str(config))
+    what = f"{'trained' if names else 'untrained'} {settings.detector.name}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    pictures = _pictures(images, limit)
+    inputs = [model_input(picture, settings.data.transforms).to(device) for picture in pictures.values()]
+    print(f"{what} on {', '.join(pictures)}")
+    description = describe(model, inputs, layers=[layers] if isinstance(layers, str) else layers)
+    Console(soft_wrap=True).print(description)
+    if output is None:
+        return
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "layers.csv").write_text(description.to_csv(), encoding="utf-8")
+    (folder / "layers.json").write_text(json.dumps(description.to_dict(), indent=1), encoding="utf-8")
+    drawings = {"levels": _draw_levels(model, inputs)}
+    body = model.get_submodule("backbone.0.body")
+    assert isinstance(body, IntermediateLayerGetter)
+    levels = (f"backbone.0.body.{path}" for path in body.return_layers)
+    strides = dict(zip(levels, model.backbone.strides, strict=True))
+    if not isinstance(layers, int):
+        strides = {row.path: row.stride for row in description.rows if row.stride and not row.output}
+    for (name, picture), image in zip(pictures.items(), inputs, strict=True):
+        for path, features in _feature_maps(model, image, list(strides)).items():
+            title = f"{path} of {what}: {list(features.shape)}, stride {strides[path]}"
+            drawings[f"{name}.{path}"] = draw_feature_maps(features, title=title, picture=picture)
+        drawings[f"{name}.queries"] = _draw_queries(model, image, picture, names, count=queries, what=what)
+    for name, drawing in drawings.items():
+        drawing.save(folder / f"{name}.png")
+    print(f"{len(drawings)} drawings, layers.csv and layers.json: {folder}")
+
+
+def _trained(path: str) -> tuple[DETR | DeformableDETR, TrainConfig, Sequence[str]]:
+    loaded = load_checkpoint(path)
+    model, settings = detector_of(loaded)
+    assert isinstance(model, DETR | DeformableDETR)
+    return model, settings, loaded.category_names
+
+
+def _untrained(path: str) -> tuple[DETR | DeformableDETR, TrainConfig, Sequence[str]]:
+    settings = parse_config(["--config", path])
+    torch.manual_seed(settings.seed)
+    model = build_detector(replace(settings.detector, num_classes=settings.detector.num_classes or 1))
+    return model.eval(), settings, ()
+
+
+def _pictures(images: Sequence[str] | str | None, limit: int) -> dict[str, Image.Image]:
+    """The pictures by the names of their files without endings."""
+    if images is not None:
+        paths = [file for path in ([images] if isinstance(images, str) else images) for file in picture_files(path)]
+        return {path.stem: read_image(path) for path in paths[:limit]}
+    with TemporaryDirectory() as folder:
+        draw_shapes(Path(folder) / "shapes", train=1, val=limit)
+        return {f"shapes{path.stem}": read_image(path) for path in picture_files(Path(folder) / "shapes" / "val")}
+
+
+def _draw_levels(model: DETR | DeformableDETR, images: Sequence[Tensor]) -> Image.Image:
+    first = images[0]
+    if len({image.shape for image in images}) == 1:  # nothing would be padded: show a part of it beside it
+        images = [first, first[:, : first.shape[1] * 3 // 4, : first.shape[2] // 2]]
+    batch = nested_tensor_from_tensor_list(images)
+    levels, positions = model.backbone(batch)
+    return draw_levels(batch, levels, positions, strides=model.backbone.strides)
+
+
+def _feature_maps(model: DETR | DeformableDETR, image: Tensor, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Maps [C, h, w] of one image, by the layer's path."""
+    if not paths:
+        return {}
+    return {path: output[0] for path, output in IntermediateLayerGetter(model, paths)(image[None]).items()}
+
+
+def _draw_queries(
+    model: DETR | DeformableDETR, image: Tensor, picture: Image.Image, names: Sequence[str], *, count: int, what: str
+) -> Image.Image:
+    decoder = model.transformer.decoder
+    with record_attention(decoder) as attention, record_samples(decoder) as samples:
+        outputs = model([image])
+    logits = outputs["pred_logits"][0]
+    scores, labels = (logits.softmax(-1)[:, :-1] if isinstance(model, DETR) else logits.sigmoid()).max(-1)
+    best = scores.topk(min(count, len(scores))).indices
+    boxes = outputs["pred_boxes"][0, best]
+    captions = [
+        f"query {query}: {names[labels[query]] if names else f'label {labels[query]}'} {scores[query]:.2f}"
+        for query in best.tolist()
+    ]
+    title = f"of {what}\nthe {len(best)} of {len(scores)} queries with the highest scores"
+    if isinstance(model, DETR):
+        *_, (path, weights) = attention.items()
+        height, width = model.backbone([image])[0][-1].tensors.shape[2:]
+        return draw_attention(
+            picture,
+            weights[0, :, best].mean(dim=0).view(-1, height, width),
+            boxes=boxes,
+            captions=captions,
+            title=f"transformer.decoder.{path} {title}, attention to {height} x {width} cells, stride "
+            f"{model.backbone.strides[-1]}, mean of {weights.shape[1]} heads",
+        )
+    *_, (path, looks) = samples.items()
+    return draw_sampling_points(
+        picture,
+        looks.locations[0, best],
+        looks.weights[0, best],
+        looks.references[0, best],
+        boxes=boxes,
+        captions=captions,
+        strides=model.strides,
+        title=f"transformer.decoder.{path} {title}",
+    )
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(**parse_options(main))
