@@ -24,7 +24,7 @@ def percent(value: Number, *, sign: bool = False) -> str:
 
 
 def interval_bar(value: Number, low: Number, high: Number) -> str:
-    """A number between 0 and 1 as a dot on a line, and its interval as a bar; empty without a number."""
+    """A number between 0 and 1 as a tick on a line, and its interval as a bar; empty without a number."""
     if value is None:
         return ""
     width, middle = 130, 7
@@ -34,7 +34,7 @@ def interval_bar(value: Number, low: Number, high: Number) -> str:
         14,
         percent(value),
         f"{_line(0, middle, width, middle, 'grid')}{bar}"
-        f'<circle class="dot" cx="{width * value:.1f}" cy="{middle}" r="3.5"/>',
+        f"{_line(width * value, middle - 5, width * value, middle + 5, 'tick')}",
         padding=4,
     )
 
@@ -47,11 +47,11 @@ def step_lines(recall: Sequence[float], lines: Sequence[tuple[str, Sequence[Numb
         if values[0] is not None
     )
     names = "".join(
-        f'<g class="key">{_line(WIDTH - 128, 28 + 17 * place, WIDTH - 106, 28 + 17 * place, f"line s{place}")}'
-        f"{_text(WIDTH - 100, 32 + 17 * place, name)}</g>"
+        f"{_line(_LEFT + 96 * place, HEIGHT + 10, _LEFT + 96 * place + 20, HEIGHT + 10, f'line s{place}')}"
+        f"{_text(_LEFT + 96 * place + 25, HEIGHT + 14, name)}"
         for place, (name, _) in enumerate(lines)
     )
-    return _svg(WIDTH, HEIGHT, title, _axes("recall", "precision") + drawn + names)
+    return _svg(WIDTH, HEIGHT + 20, title, _axes("recall", "precision") + drawn + names)
 
 
 def spark_steps(recall: Sequence[float], lines: Sequence[Sequence[Number]], *, title: str) -> str:
@@ -106,7 +106,7 @@ def reliability(
         + _line(x0, y0 + height, x0 + width, y0, "diagonal")
         + "".join(histogram)
         + _line(x0, HEIGHT + 46, x0 + width, HEIGHT + 46, "axis")
-        + _text(x0 - 6, HEIGHT + 20, f"{most}", "end", number=True)
+        + _text(x0 - 6, HEIGHT + 20, _brief(most), "end", number=True)
         + _text(x0 - 6, HEIGHT + 46, "0", "end", number=True)
         + _text(x0 + width / 2, HEIGHT + 62, "detections in each bin", "middle")
     )
