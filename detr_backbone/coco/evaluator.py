@@ -23,7 +23,6 @@ from detr_backbone.coco.detections import Detections, load_detections, refuse_un
 from detr_backbone.coco.intervals import Interval, Intervals
 from detr_backbone.coco.matching import IouType, Matches, match, segmentations_of
 from detr_backbone.coco.predictions import Found, checked_prediction
-from detr_backbone.coco.segmentations import EncodedMask
 from detr_backbone.errors import EvaluationError
 
 
@@ -35,7 +34,8 @@ class Detection(TypedDict):
     score: float
     bbox: NotRequired[list[float]]
     """x, y, w, h in pixels of the original image."""
-    segmentation: NotRequired[EncodedMask]
+    segmentation: NotRequired[dict[str, Any]]
+    """`size` (h, w), and `counts` as a string."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,8 @@ def _checked(mask: Any, size: tuple[int, int], where: str) -> EncodedMask:
         got = mask.get("size") if isinstance(mask, Mapping) else type(mask).__name__
         raise EvaluationError(f"mask is of another size | where: {where} key=size | got {got} expected {list(size)}")
     counts = mask.get("counts")
-    text = counts.decode("latin-1") if isinstance(counts, bytes) else counts
-    runs = decoded_counts(text) if isinstance(text, str) else None
+    text = counts.decode("latin-1") if isinstance(counts, bytes) else str(counts)
+    runs = decoded_counts(text) if isinstance(counts, (bytes, str)) else None
     if runs is None or sum(runs) != size[0] * size[1]:
         got = "no compressed runs" if runs is None else f"runs of {sum(runs)} pixels together"
         raise EvaluationError(

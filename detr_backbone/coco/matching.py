@@ -188,7 +188,8 @@ class _Overlaps(NamedTuple):
 def _outside(areas: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     """Whether an area is outside of each range: bool [A, M]."""
     least, most = AREA_RANGES.T[:, :, None]
-    return (areas < least) | (areas > most)
+    outside: npt.NDArray[np.bool_] = (areas < least) | (areas > most)
+    return outside
 
 
 def _regions(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from detr_backbone.coco.evaluator import STATS
+from detr_backbone.coco.average_precision import STATS
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.data import Batch, Loader
 
