@@ -103,7 +103,7 @@ def main(
             evaluator.collected,
             matches,
             title=f"{what} on {evaluator.annotations.source}",
-            origin={"Detections of": what, **origin(evaluator.annotations, device=device)},
+            origin={"Detections of": what, **origin(evaluator.annotations, evaluator.image_ids, device=device)},
             images=images,
             config="" if settings is None else yaml.safe_dump(config_to_dict(settings), sort_keys=False),
             intervals=sure,

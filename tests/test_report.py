@@ -92,7 +92,7 @@ def make(folder: Path, *, found: dict[int, Any] | None = None, objects: bool = T
         evaluator.collected,
         matches,
         title="<i>title</i> & more",
-        origin=origin(evaluator.annotations),
+        origin=origin(evaluator.annotations, evaluator.image_ids),
         images=folder / "pictures",
         config="lr: '<1>'",
         intervals=bootstrap(matches, resamples=20) if intervals else None,
@@ -233,7 +233,7 @@ def test_without_git_the_commit_is_a_dash(monkeypatch: pytest.MonkeyPatch, repor
 
     monkeypatch.setenv("PATH", "")
 
-    assert origin(load_annotations(report.parent / "truth.json"))["Commit"] == "-"
+    assert origin(load_annotations(report.parent / "truth.json"), [7])["Commit"] == "-"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -246,7 +246,7 @@ def test_a_checkout_around_an_installed_package_is_not_its_commit(
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     monkeypatch.setitem(module_function.__globals__, "_PACKAGE", tmp_path)
 
-    assert origin(load_annotations(report.parent / "truth.json"))["Commit"] == "-"
+    assert origin(load_annotations(report.parent / "truth.json"), [7])["Commit"] == "-"
 
 
 def test_every_drawn_box_lies_within_its_picture(report: Path) -> None:

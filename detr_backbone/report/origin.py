@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,21 +13,23 @@ from pathlib import Path
 import torch
 
 from detr_backbone.coco.annotations import CocoAnnotations
+from detr_backbone.coco.subset import image_ids_sha256
 
 _LIBRARIES = ("detr_backbone", "torch", "torchvision", "numpy", "pycocotools")
 _PACKAGE = Path(__file__).parents[1]
 
 
-def origin(annotations: CocoAnnotations, *, device: torch.device | None = None) -> dict[str, str]:
+def origin(
+    annotations: CocoAnnotations, image_ids: Sequence[int], *, device: torch.device | None = None
+) -> dict[str, str]:
     """What to state beside numbers, by name; what cannot be found out is `-`.
 
     Args:
-        annotations: the ground truth. Of its file and of its image ids, as decimal numbers with a line feed after each,
-            the SHA-256 is stated.
+        annotations: the ground truth; the SHA-256 of its file is stated.
+        image_ids: of the images over which numbers are taken; see `image_ids_sha256`.
         device: where the detector ran; None for detections from a file.
     """
     file = Path(annotations.source)
-    ids = "".join(f"{image_id}\n" for image_id in annotations.image_ids.tolist())
     return {
         "Made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "Command": shlex.join(["python", *sys.argv]),
@@ -34,13 +37,10 @@ def origin(annotations: CocoAnnotations, *, device: torch.device | None = None) 
         "Versions": ", ".join([f"Python {platform.python_version()}", *map(_version, _LIBRARIES)]),
         "Device": "-" if device is None else _device(device),
         "Annotations": annotations.source,
-        "SHA-256 of the annotations": _sha256(file.read_bytes()) if file.is_file() else "-",
-        "SHA-256 of the image ids": _sha256(ids.encode()),
+        "Images": annotations.part or "all",
+        "SHA-256 of the annotations": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "-",
+        "SHA-256 of the image ids": image_ids_sha256(image_ids),
     }
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _version(library: str) -> str:
