@@ -7,7 +7,7 @@ import torch
 
 from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.evaluator import CocoEvaluator
-from detr_backbone.coco.intervals import bootstrap
+from detr_backbone.coco.intervals import resample_intervals
 from detr_backbone.coco.simulation import simulate
 from detr_backbone.training import parse_options
 
@@ -56,7 +56,7 @@ def main(
         start, start_cpu = time.perf_counter(), time.process_time()
         matches = evaluator.matches()
         matched, matched_cpu = time.perf_counter(), time.process_time()
-        bootstrap(matches, resamples=resamples)
+        resample_intervals(matches, resamples=resamples)
         print(f"{'matches':<17} {matched - start:24.2f} {matched_cpu - start_cpu:7.2f}")
         print(
             f"{f'{resamples} resamples':<17} {time.perf_counter() - matched:24.2f} "

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from detr_backbone.coco.average_precision import STATS, average_precision
-from detr_backbone.coco.intervals import bootstrap, draw_weights
+from detr_backbone.coco.intervals import resample_intervals
 from detr_backbone.coco.matching import match
 from detr_backbone.coco.simulation import simulate
 from detr_backbone.training import parse_options
@@ -26,41 +26,35 @@ def main(
         part: images of each part.
         classes: of the dataset.
         draws: how many parts are drawn.
-        resamples: of each part, from which its interval follows.
+        resamples: halves of each part, from which its interval follows.
         seed: of everything.
     """
     matches = match(*simulate(images, classes=classes, detections=30, seed=seed))
     whole = average_precision(matches)
     truth = {name: float(value) for name, value in zip(STATS, whole.stats[:, 0], strict=True) if name in SHOWN}
     generator = np.random.default_rng(seed)
-    covered, by_percentile, below = Counter[str](), Counter[str](), Counter[str]()
+    covered, below = Counter[str](), Counter[str]()
     classes_covered, classes_asked = Counter[str](), Counter[str]()
     for draw in range(draws):
         drawn = matches.subset(generator.choice(matches.image_ids, part, replace=False).tolist())
-        intervals = bootstrap(drawn, resamples=resamples, seed=draw)
-        (weights,) = draw_weights(part, resamples, seed=draw)
-        percentiles = np.nanpercentile(average_precision(drawn, weights).stats, (2.5, 97.5), axis=1)
+        intervals = resample_intervals(drawn, resamples=resamples, seed=draw)
         for name, value in truth.items():
             one = intervals.stats[name]
             covered[name] += one.low <= value <= one.high
             below[name] += one.high < value
-            low, high = percentiles[:, STATS.index(name)]
-            by_percentile[name] += low <= value <= high
         for label, (one, value) in enumerate(zip(intervals.per_class.values(), whole.per_class[:, 0], strict=True)):
             holders = len(np.unique(drawn.object_image_index[drawn.object_labels == label]))
             bucket = next(
-                (f"{n} to {m - 1}" for n, m in ((1, 5), (5, 10), (10, 20), (20, 50)) if n <= holders < m), "50 up"
+                (f"{n} to {m - 1}" for n, m in ((2, 5), (5, 10), (10, 20), (20, 50)) if n <= holders < m), "50 up"
             )
-            if holders:
+            if holders > 1:
                 classes_asked[bucket] += 1
                 classes_covered[bucket] += one.low <= value <= one.high
     print(f"{draws} parts of {part} of {images} images, {classes} classes, {resamples} resamples")
-    print("          whole  covered  above  below  percentile interval")
+    print("          whole  covered  above  below")
     for name, value in truth.items():
-        shares = [
-            n / draws for n in (covered[name], draws - covered[name] - below[name], below[name], by_percentile[name])
-        ]
-        print("{:<9} {:.3f} {:8.1%} {:6.1%} {:6.1%} {:8.1%}".format(name, value, *shares))
+        shares = [n / draws for n in (covered[name], draws - covered[name] - below[name], below[name])]
+        print("{:<9} {:.3f} {:8.1%} {:6.1%} {:6.1%}".format(name, value, *shares))
     for bucket, count in sorted(classes_asked.items(), key=lambda item: int(item[0].split()[0])):
         print(f"AP of a class in {bucket} images: covered {classes_covered[bucket] / count:.1%} of {count}")
 

@@ -20,7 +20,7 @@ def main(
         annotations: the COCO file of the images; an image without detections counts as one in which nothing was found.
         a: the detections.json of scripts/evaluate.py, or any COCO results file, of the first detector.
         b: the same of the second one.
-        resamples: samples of the images that are drawn.
+        resamples: halves of the images that are drawn.
         level: the share of samples in which an interval covers.
         output: a JSON file for the numbers.
     """

@@ -9,7 +9,7 @@ import yaml
 
 from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.evaluator import CocoEvaluator, CocoResult
-from detr_backbone.coco.intervals import bootstrap
+from detr_backbone.coco.intervals import resample_intervals
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
@@ -57,7 +57,7 @@ def main(
         output: a folder for the numbers (results.json) and all detections (detections.json).
         report: a folder for a page with numbers, curves, mistakes and pictures (report.html), and the same as data.
         backend: the library that computes the numbers; that of the configuration if left out. All give the same.
-        intervals: resamples of the images for the 95 % intervals; 0 leaves them out.
+        intervals: halves of the images that are drawn for the 95 % intervals; 0 leaves them out.
     """
     if sum(given is not None for given in (checkpoint, config, detections)) != 1:
         raise ConfigError("give one of --checkpoint, --config and --detections")
@@ -79,7 +79,7 @@ def main(
     if not is_main:
         return
     matches = evaluator.matches()
-    sure = bootstrap(matches, resamples=intervals) if intervals else None
+    sure = resample_intervals(matches, resamples=intervals) if intervals else None
     print(result.table(sure))
     if output is not None:
         folder = Path(output)

@@ -510,12 +510,12 @@ def test_an_untrained_detector_is_evaluated() -> None:
 
 
 def test_the_table_shows_intervals_beside_the_numbers() -> None:
-    from detr_backbone.coco.intervals import bootstrap
+    from detr_backbone.coco.intervals import resample_intervals
 
     evaluator = CocoEvaluator(toy())
     evaluator.update({1: found(RIGHT), 2: found()})
 
-    lines = evaluator.compute().table(bootstrap(evaluator.matches(), resamples=100)).splitlines()
+    lines = evaluator.compute().table(resample_intervals(evaluator.matches(), resamples=100)).splitlines()
 
     assert lines[1].startswith("AP         50.5 [")
     assert lines[6] == "AP_large      -"

@@ -1,4 +1,4 @@
-"""Resamples by weights are resamples of copies, and the intervals are what the resamples say."""
+"""Resamples by weights are resamples of copies, and the intervals are what the halves of the images say."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from detr_backbone.coco.average_precision import STATS, average_precision
-from detr_backbone.coco.intervals import bootstrap, compare, draw_weights
+from detr_backbone.coco.intervals import compare, draw_weights, resample_intervals
 from detr_backbone.coco.matching import Matches
 from detr_backbone.errors import EvaluationError
 from tests.coco_sets import plain_pycocotools, random_set
@@ -26,6 +26,20 @@ def two_images(*found: int) -> Matches:
         "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20]} for i in (1, 2)],
     }
     return matched(content, [{"image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20], "score": 0.9} for i in found])
+
+
+def four_images() -> Matches:
+    """One object in each of four images: 1 and 2 are found, 3 has a detection elsewhere that is best of all, 4 none."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2, 3, 4)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20]} for i in (1, 2, 3, 4)],
+    }
+    found = [
+        {"image_id": image, "category_id": 1, "bbox": [x, 10, 20, 20], "score": score}
+        for image, x, score in ((1, 10, 0.9), (2, 10, 0.8), (3, 60, 0.95))
+    ]
+    return matched(content, found)
 
 
 def copied(
@@ -76,35 +90,70 @@ def test_all_resamples_of_two_images() -> None:
     assert drawn.tolist() == pytest.approx([1, HALF, HALF, 0])
 
 
-def test_an_interval_is_the_estimate_less_its_bias_and_one_spread_to_each_side() -> None:
-    level = math.erf(math.sqrt(0.5))  # of one standard deviation
-    interval = bootstrap(two_images(1), resamples=20_000, level=level).stats["AP"]
+def test_an_interval_is_the_estimate_less_its_bias_and_half_a_spread_to_each_side() -> None:
+    level = math.erf(0.5 * math.sqrt(0.5))  # of half a standard deviation
+    interval = resample_intervals(four_images(), resamples=20_000, level=level).stats["AP"]
 
-    # 1, HALF, HALF and 0 are equally probable
-    mean = (1 + 2 * HALF) / 4
-    spread = math.sqrt((1 + 2 * HALF**2) / 4 - mean**2)
-    centre = HALF - (mean - HALF)
-    assert interval.estimate == pytest.approx(HALF)
-    # the standard errors of mean and spread from 20,000 draws are 0.0025 and 0.0018
-    assert (interval.low, interval.high) == pytest.approx((centre - spread, centre + spread), abs=0.015)
+    # all four: of the best 1, 2, 3 detections 0, 1, 2 are right, so that half of the objects are found at precision 2/3
+    estimate = HALF * 2 / 3
+    # the halves 12, 13, 14, 23, 24, 34 are equally probable
+    halves = [1, HALF / 2, HALF, HALF / 2, HALF, 0]
+    mean = sum(halves) / 6
+    spread = math.sqrt(sum(one**2 for one in halves) / 6 - mean**2)
+    centre = estimate - (mean - estimate) / (2 ** (2 / 3) - 1)
+    assert interval.estimate == pytest.approx(estimate)
+    # the standard error of the mean of 20,000 draws is 0.002, that of the centre 0.004
+    assert (interval.low, interval.high) == pytest.approx((centre - spread / 2, centre + spread / 2), abs=0.015)
 
 
-def test_draws_are_as_many_as_there_are_images_and_those_of_the_seed() -> None:
+def test_draws_are_halves_of_the_images_and_those_of_the_seed() -> None:
     first, again, other = (np.concatenate(list(draw_weights(7, 1500, seed=s)), axis=1) for s in (0, 0, 1))
 
     assert first.shape == (7, 1500)
-    assert set(first.sum(axis=0).tolist()) == {7}
+    assert set(first.sum(axis=0).tolist()) == {3}
+    assert set(first.ravel().tolist()) == {0, 1}
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
-    # each count is binomial: mean 1, variance 6/7; 10,500 of them
-    assert first.mean(axis=1) == pytest.approx([1] * 7, abs=0.1)
-    assert first.var() == pytest.approx(6 / 7, abs=0.05)
+
+
+def test_all_halves_are_equally_probable() -> None:
+    halves, counts = np.unique(np.concatenate(list(draw_weights(4, 6000, seed=0)), axis=1), axis=1, return_counts=True)
+
+    assert sorted(map(tuple, halves.T.tolist())) == sorted(set(itertools.permutations((0, 0, 1, 1))))
+    # each count is binomial: mean 1000, standard deviation 29
+    assert counts.tolist() == pytest.approx([1000] * 6, abs=145)
+
+
+def test_a_class_in_one_image_has_no_interval() -> None:
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2, 3)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": label, "bbox": [20 * i, 10, side, side]}
+            for i, image, label, side in ((1, 1, 1, 20), (2, 2, 1, 20), (3, 3, 2, 20), (4, 3, 2, 40))
+        ],
+    }
+    results = [{**entry, "score": 0.9} for entry in content["annotations"]]
+
+    matches = matched(content, results)
+    intervals, difference = resample_intervals(matches, resamples=20), compare(matches, matches, resamples=20)
+
+    assert str(intervals.per_class["cat"]) == "1.000 [1.000, 1.000]"
+    assert str(intervals.per_class["dog"]) == "-"
+    assert [name for name, one in intervals.stats.items() if math.isnan(one.low)] == [
+        "AP_medium",
+        "AP_large",
+        "AR_medium",
+        "AR_large",
+    ]
+    assert str(difference).splitlines()[-1].split() == ["dog", "100.0", "100.0", "+0.0", "-"]
+    assert difference.per_class["dog"].sentence("AP") == "these images cannot tell a difference in AP"
 
 
 def test_every_number_has_an_interval_and_none_where_there_is_nothing_to_find() -> None:
     content, results = random_set(np.random.default_rng(2))
 
-    intervals = bootstrap(matched(content, results), resamples=50)
+    intervals = resample_intervals(matched(content, results), resamples=50)
 
     assert tuple(intervals.stats) == STATS
     assert list(intervals.per_class) == ["class 0", "class 2", "class 3", "class 7", "class 90"]
@@ -150,7 +199,7 @@ def test_the_same_images_make_a_comparison_surer_than_two_intervals() -> None:
     good, other = matched(content, results), matched(content, nearly)
 
     together = compare(good, other, resamples=200).stats["AP"].interval
-    alone = bootstrap(good, resamples=200).stats["AP"]
+    alone = resample_intervals(good, resamples=200).stats["AP"]
 
     assert together.high - together.low < (alone.high - alone.low) / 2
 
@@ -166,4 +215,4 @@ def test_detectors_on_other_images_are_not_compared() -> None:
 @pytest.mark.parametrize("wrong", [{"resamples": 1}, {"level": 0}, {"level": 95}])
 def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be "):
-        bootstrap(two_images(1), **wrong)
+        resample_intervals(two_images(1), **wrong)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from detr_backbone.coco.evaluator import CocoEvaluator
-from detr_backbone.coco.intervals import bootstrap
+from detr_backbone.coco.intervals import resample_intervals
 from detr_backbone.report import origin, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -95,7 +95,7 @@ def make(folder: Path, *, found: dict[int, Any] | None = None, objects: bool = T
         origin=origin(evaluator.annotations, evaluator.image_ids),
         images=folder / "pictures",
         config="lr: '<1>'",
-        intervals=bootstrap(matches, resamples=20) if intervals else None,
+        intervals=resample_intervals(matches, resamples=20) if intervals else None,
     )
     return folder / "report"
 

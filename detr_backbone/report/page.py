@@ -69,7 +69,7 @@ def _intervals(summary: Summary) -> str:
         return "Intervals were not asked for."
     return (
         f"An interval covers, in {100 * summary['level']:.0f} % of samples of images, what the number would be over "
-        f"all images alike; it comes from {summary['resamples']:,} draws of images with replacement."
+        f"all images alike; it comes from {summary['resamples']:,} draws of half of the images."
     )
 
 
