@@ -114,6 +114,23 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(command: Comma
     assert sorted(map(str, again)) == sorted(map(str, found))
 
 
+def test_two_detectors_are_compared(command: Command, folder: Path) -> None:
+    truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    keys = ("image_id", "category_id", "bbox")
+    found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
+    (folder / "all.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / "none.json").write_text("[]", encoding="utf-8")
+    options = ("--a", "none.json", "--b", "all.json", "--resamples", "20", "--output", "comparison.json")
+    annotations = ("--annotations", "shapes/annotations/instances_val.json")
+    result = command(str(ROOT / "scripts" / "compare.py"), *annotations, *options)
+
+    assert result.returncode == 0, result.stderr
+    assert "A none.json\nB all.json\n5 images, 20 resamples\n" in result.stdout
+    assert ["AP", "0.0", "100.0", "+100.0", "-"] in [line.split() for line in result.stdout.splitlines()]
+    comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert comparison["resamples"] == 20
+
+
 def test_predictions_are_written_as_json_and_pictures(command: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "2", "--threshold", "0.0", "--output", "found")
     result = command(str(ROOT / "scripts" / "predict.py"), "--checkpoint", str(trained), *options)
@@ -178,6 +195,7 @@ def test_an_untrained_detr_can_be_looked_at_layer_by_layer(command: Command, fol
         (("evaluate.py", "--detections", "found.json"), "--detections need the --annotations"),
         (("evaluate.py", "--detections", "tiny.yaml", "--annotations", "tiny.yaml"), "file is not JSON"),
         (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
+        (("compare.py", "--annotations", "tiny.yaml", "--a", "x", "--b", "y"), "file is not JSON"),
         (("train.py", "--config", "missing.yaml"), "missing.yaml"),
         (("inspect_backbone.py", "--config", "tiny.yaml", "--layers", "layer4"), "there is 'backbone.0.body.layer4'"),
     ],
