@@ -127,6 +127,14 @@ def test_mending_a_kind_gains_what_the_definition_says() -> None:
     assert result.false_negatives == pytest.approx((1 + 0) / 2 - result.ap50)
 
 
+def test_a_mended_mistake_does_not_find_again_what_is_found() -> None:
+    objects = [(1, CAT, HERE), (2, CAT, HERE)]
+    result = mistakes(*case(objects, [(1, CAT, HERE, 0.9), (1, DOG, HERE, 0.8)]))
+
+    assert counts(result) == {"class": 1, "missed": 1}
+    assert result.costs["class"] == pytest.approx(0)  # there are no dogs, and the first cat counts once
+
+
 def test_without_wrong_detections_precision_is_one() -> None:
     objects = [(1, CAT, HERE), (2, CAT, HERE)]
     result = mistakes(*case(objects, [(3, CAT, HERE, 0.9), (1, CAT, HERE, 0.8), (1, CAT, AWAY, 0.7)]))
