@@ -112,7 +112,7 @@ class BackboneBase(nn.Module):
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             if leak := find_leak(self.forward, self.body):
                 raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
-        fold_frozen_batch_norm(self.body, except_for=[backbone.get_submodule(path) for path in ordered])
+        fold_frozen_batch_norm(self.body)
         checkpoint_layers(self.body, checkpointed_layers, self._exact_padding)
 
     def prepared(self, images: NestedTensor | Tensor | Sequence[Tensor]) -> NestedTensor:

@@ -90,7 +90,7 @@ def _can_be_kept(source: Tensor) -> bool:
     return not (source.requires_grad and torch.is_grad_enabled()) and not source.is_inference()
 
 
-def fold_frozen_batch_norm(network: nn.Module, *, except_for: Sequence[nn.Module] = ()) -> int:
+def fold_frozen_batch_norm(network: nn.Module) -> int:
     """Fold every FrozenBatchNorm2d of a network that alone reads a convolution's output; return how many.
 
     Which they are, a pass on the meta device shows: it computes nothing, and sees functional code too. A folded
@@ -99,9 +99,8 @@ def fold_frozen_batch_norm(network: nn.Module, *, except_for: Sequence[nn.Module
 
     Args:
         network: maps [B, C, H, W]; it is changed in place, `unfold_frozen_batch_norm` changes it back.
-        except_for: convolutions whose own outputs are wanted.
     """
-    pairs = [pair for pair in _pairs(network) if pair[0] not in except_for]
+    pairs = _pairs(network)
     for convolution, norm in pairs:
         convolution.__class__ = FoldedConv2d
         folded = cast(FoldedConv2d, convolution)
@@ -159,10 +158,12 @@ def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
     ]
     try:
         with _Uses() as uses:
-            on_meta(network)
+            outputs = on_meta(network)
     finally:
         for handle in handles:
             handle.remove()
+    for leaf in tree_leaves(outputs):  # what the network gives is read by its caller
+        uses.counts[id(leaf)] = uses.counts.get(id(leaf), 0) + 1
     return [
         (made[inputs[0]], norm)
         for norm, inputs in read.items()

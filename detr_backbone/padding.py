@@ -211,14 +211,13 @@ class ExactPadding:
         """The context that this thread is in now, for a part of the pass that is computed a second time, anywhere."""
         return _Within(self._levels, self._levels.get(current_thread()))
 
-    def _before_window(self, stride: int, window: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
         if levels is None:
             return None
         (features,) = inputs
-        # The image may be the caller's own memory, and what takes part in a backward pass must stay as it is.
-        learns = features.requires_grad or any(parameter.requires_grad for parameter in window.parameters())
-        in_place = stride > 1 and not (learns and torch.is_grad_enabled())
+        # The image may be the caller's own memory, and another layer may have saved the features for its backward pass.
+        in_place = stride > 1 and not torch.is_grad_enabled()
         return (levels.zero_padded_cells(features, stride, in_place=in_place),)
 
 

@@ -56,12 +56,7 @@ def suites(device: str) -> dict[str, list[Row]]:
         ],
         "backbones": [
             Row(replace(at, network=network, levels=levels, kind=kind, sizes=sizes))
-            for network, dilation in (
-                ("resnet18", False),
-                ("resnet50", False),
-                ("resnet101", False),
-                ("resnet50", True),
-            )
+            for network in ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
             for levels in (1, 4)
             for kind in ("forward", "step")
             for sizes in (at.sizes, MIXED)

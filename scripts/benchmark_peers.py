@@ -180,7 +180,8 @@ class _Original(_Masked):
             norm_layer=torchvision.ops.FrozenBatchNorm2d,
             replace_stride_with_dilation=[False, False, case.dilation],
         )
-        names = {stage: str(level) for level, stage in enumerate(STAGES)} if case.levels == 4 else {"layer4": "0"}
+        layers = _backbone_config(case).return_layers or ()
+        names = {layer: str(level) for level, layer in enumerate(layers)}
         getter = torchvision.models._utils.IntermediateLayerGetter(_trained_like_detr(network), names)
         super().__init__(getter)
 

@@ -61,6 +61,8 @@ def main(
     """
     if sum(given is not None for given in (checkpoint, config, detections)) != 1:
         raise ConfigError("give one of --checkpoint, --config and --detections")
+    if intervals < 0 or intervals == 1:
+        raise ConfigError(f"`--intervals` must be 0 or at least 2, got {intervals}")
     settings, device = None, None
     if detections is not None:
         if annotations is None:

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from detr_backbone import Backbone, FrozenBatchNorm2d, calibrate_frozen_batch_norm
+from detr_backbone import Backbone, FrozenBatchNorm2d, IntermediateLayerGetter, calibrate_frozen_batch_norm
 from detr_backbone.folding import FoldedConv2d, fold_frozen_batch_norm, unfold_frozen_batch_norm
 
 # Folding rounds the weights once more: a few units of float32 over the depth of a network.
@@ -273,3 +273,10 @@ def test_a_folded_backbone_is_calibrated_like_an_unfolded_one() -> None:
 
     for key, expected in plain.state_dict().items():
         torch.testing.assert_close(folded.state_dict()[key], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_ends_in_a_convolution_returns_that_convolution() -> None:
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    getter = IntermediateLayerGetter(network, ["0", "2"])
+
+    assert fold_frozen_batch_norm(getter) == 0

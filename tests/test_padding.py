@@ -203,3 +203,10 @@ def test_an_output_that_is_no_map_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="output 'flat' must be a feature map"):
         measure(Flat())
+
+
+def test_training_on_a_padded_batch_runs_where_frozen_features_have_several_readers() -> None:
+    backbone = Backbone("googlenet").train()
+    backbone([torch.randn(3, 64, 96), torch.randn(3, 50, 40)])["0"].tensors.sum().backward()
+
+    assert any(parameter.grad is not None for parameter in backbone.parameters())

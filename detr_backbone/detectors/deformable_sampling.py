@@ -186,7 +186,7 @@ class _BagSums(torch.autograd.Function):
         parts = zip(*(tensor.split(_BAGS_AT_ONCE) for tensor in (first, grad, of_shares)), strict=True)
         for some, theirs, out in parts:
             index = _with_neighbours(some, ctx.neighbours)
-            rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
+            rows = table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
             torch.sum(rows.mul_(theirs[:, None]), dim=-1, out=out.view(index.shape))
 
         row, order = first.flatten().sort()
