@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.meta import on_meta
+from detr_backbone.weight_gradient import convolve
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -29,8 +30,11 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
         weight, bias = self._weight_and_bias(input.device.type) if self.norm[0].folded else (self.weight, self.bias)
-        output: Tensor = self._conv_forward(input, weight, bias)
-        return output
+        if self.groups > 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            output: Tensor = self._conv_forward(input, weight, bias)
+            return output
+        geometry: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return convolve(input, weight, bias, **geometry)
 
     def _weight_and_bias(self, device: str) -> tuple[Tensor, Tensor]:
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -1,14 +1,11 @@
 """How fast, beside what a user would install instead: python scripts/benchmark.py --output benchmarks/cpu.md.
 
-Every contender of a case lives in a process of its own, and they run in turns, so that whatever else the machine does
-meets them all alike. Rows give medians, and ratios to the original construction in float32.
+Contenders run in turns, so that whatever else the machine does meets them all alike. Rows give medians, and ratios to
+the first contender in float32.
 """
 
-import importlib.util
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,21 +13,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torchvision
-from benchmark_peers import CONTENDERS, Case
-from torch.utils.flop_counter import FlopCounterMode
+from benchmark_peers import Case
+from benchmark_workers import Precision, Worker, is_installed
 
 from detr_backbone.training import parse_options, plain_errors
 
 MIXED = ((800, 1088), (640, 1000), (768, 800), (480, 640))
 PEERS = ("original", "ours", "timm", "hugging_face")
 GETTERS = ("bare", "sequential", "graph", "hooks")
-Precision = Literal["float32", "bf16"]
 BOTH: tuple[Precision, ...] = ("float32", "bf16")
 
 
@@ -70,10 +65,21 @@ def suites(device: str) -> dict[str, list[Row]]:
         "getter": [
             Row(
                 replace(at, kind="getter", levels=1, network=network),
-                ("bare", "sequential", "graph", "hooks"),
+                GETTERS,
                 ("float32",),
             )
             for network in ("resnet18", "resnet50")
+        ],
+        "compiled": [
+            Row(replace(at, kind=kind), ("original", "ours", "original, compiled", "ours, compiled"))
+            for kind in ("forward", "step")
+        ],
+        "data": [
+            Row(
+                replace(at, kind="data", sizes=((480, 640),) * 8),
+                ("torchvision pipeline", "our pipeline"),
+                ("float32",),
+            )
         ],
         "scaling": [
             Row(replace(at, sizes=sizes), ("original", "ours"))
@@ -82,79 +88,9 @@ def suites(device: str) -> dict[str, list[Row]]:
     }
 
 
-class Worker:
-    """A contender in a process of its own."""
-
-    def __init__(self, name: str, case: Case, precision: Precision, threads: int) -> None:
-        self.name, self.precision, self.threads = name, precision, threads
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, case, precision, threads), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.flops = self._receive()
-        self.seconds: list[float] = []
-
-    def run(self) -> None:
-        self._connection.send("run")
-        self.seconds.append(self._receive())
-
-    def peak(self) -> float:
-        """MiB: resident memory of the process on a CPU, allocated memory on a GPU."""
-        self._connection.send("peak")
-        return float(self._receive())
-
-    def close(self) -> None:
-        self._connection.send("stop")
-        self._process.join()
-
-    def _receive(self) -> Any:
-        answer = self._connection.recv()
-        if isinstance(answer, str):
-            raise RuntimeError(f"{self.name}: {answer}")
-        return answer
-
-
-def _serve(connection: Connection, name: str, case: Case, precision: Precision, threads: int) -> None:
-    try:
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        work = _matmul(case.device, precision) if name == "matmul" else CONTENDERS[name](case)
-
-        def run() -> float:
-            start = time.perf_counter()
-            with torch.autocast(case.device, torch.bfloat16, enabled=precision == "bf16"):
-                work()
-            if case.device == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
-
-        with FlopCounterMode(display=False) as counter:
-            run()
-        run()
-        connection.send(counter.get_total_flops())
-        while (order := connection.recv()) != "stop":
-            connection.send(run() if order == "run" else _peak(case.device))
-    except Exception as error:  # the parent tells it
-        connection.send(f"{type(error).__name__}: {error}")
-
-
-def _matmul(device: str, precision: Precision) -> Any:
-    """A large product of matrices in the dtype itself: the machine's limit."""
-    matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return lambda: matrix @ matrix
-
-
-def _peak(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def measure(row: Row, *, runs: int, threads: Sequence[int]) -> list[str]:
-    """The rows of one case in Markdown."""
-    contenders = [name for name in row.contenders if _installed(name)]
+def measure(row: Row, *, runs: int, threads: Sequence[int], kernels: int) -> list[str]:
+    """The rows of one case in Markdown, and the kernels that took most of the time."""
+    contenders = [name for name in row.contenders if is_installed(name)]
     workers = [
         Worker(name, row.case, precision, count)
         for precision in row.precisions
@@ -186,8 +122,12 @@ def measure(row: Row, *, runs: int, threads: Sequence[int]) -> list[str]:
             share = worker.flops / median / peak_rate
             lines.append(
                 f"| {row.case} | {precision} | {name} | {worker.threads} | {1000 * median:.0f} | {spread:.0%} | "
-                f"{reference / median:.2f} | {same / median:.2f} | {share:.0%} | {worker.peak():.0f} |"
+                f"{len(row.case.sizes) / median:.2f} | {reference / median:.2f} | {same / median:.2f} | {share:.0%} | "
+                f"{worker.peak():.0f} |"
             )
+            if kernels:
+                shares = list(worker.kernels().items())[:kernels]
+                lines[-1] += f" {', '.join(f'{kernel} {share:.0%}' for kernel, share in shares)} |"
             print(lines[-1], flush=True)
     for worker in best.values():
         worker.close()
@@ -204,19 +144,11 @@ def measure_import(runs: int) -> list[str]:
             taken.append(time.perf_counter() - start)
     before, after = (statistics.median(taken[1:]) for taken in seconds.values())  # the first filled the file cache
     lines = [
-        f"| import {names} | - | - | - | {1000 * statistics.median(taken[1:]):.0f} | | {before / after:.2f} | | | |"
+        f"| import {names} | - | - | - | {1000 * statistics.median(taken[1:]):.0f} | | | {before / after:.2f} | | | |"
         for names, taken in seconds.items()
     ]
     print("\n".join(lines), flush=True)
     return lines
-
-
-def _installed(name: str) -> bool:
-    module = {"timm": "timm", "hugging_face": "transformers"}.get(name)
-    found = module is None or importlib.util.find_spec(module) is not None
-    if not found:
-        print(f"{name} is left out: {module} is not installed", flush=True)
-    return found
 
 
 def environment(device: str) -> str:
@@ -233,35 +165,55 @@ def environment(device: str) -> str:
     )
 
 
+def has_bf16_instructions() -> bool:
+    """Whether the processor multiplies bf16 itself."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
 RATIOS = ("times as fast as the first in float32", "as the first in this precision")
-COLUMNS = ("case", "precision", "contender", "threads", "ms", "spread", *RATIOS, "of matmul", "peak MiB")
+COLUMNS = ("case", "precision", "contender", "threads", "ms", "spread", "images/s", *RATIOS, "of matmul", "peak MiB")
 
 
 def main(
-    *, suite: str = "table", runs: int = 7, device: Literal["cpu", "cuda"] = "cpu", output: str | None = None
+    *,
+    suite: str = "table",
+    runs: int = 7,
+    device: Literal["cpu", "cuda"] = "cpu",
+    precisions: tuple[Precision, ...] = BOTH,
+    kernels: int = 0,
+    output: str | None = None,
 ) -> None:
     """Measure speed beside peers.
 
     A contender runs at the number of threads, one or one per core, that is faster for it in two runs before.
 
     Args:
-        suite: table, backbones, detectors, getter, scaling or import.
+        suite: table, backbones, detectors, getter, compiled, data, scaling or import.
         runs: measured runs of every contender, in turns; the median counts.
         device: cpu or cuda.
+        precisions: float32, bf16, or both; bf16 is left out on a processor that has no instructions for it.
+        kernels: how many of the kernels that took most of the time each row names.
         output: the Markdown file of the record; printed only, if left out.
     """
     cores = len(os.sched_getaffinity(0)) if device == "cpu" else 1
+    columns = (*COLUMNS, "kernels") if kernels else COLUMNS
+    remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; medians of {runs} runs in turns."]
+    if device == "cpu" and "bf16" in precisions and not has_bf16_instructions():
+        precisions = tuple(precision for precision in precisions if precision != "bf16")
+        remarks.append("bf16 is left out: this processor has no instructions for it, and takes minutes for an image.")
+        print(remarks[-1], flush=True)
     if suite == "import":
         lines = measure_import(runs)
     else:
-        rows = suites(device)[suite]
-        lines = [line for row in rows for line in measure(row, runs=runs, threads=sorted({1, cores}))]
-    command = " ".join(["python", *sys.argv])
-    header = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-    record = f"`{command}`\n\n{environment(device)}; medians of {runs} runs in turns.\n\n{header}"
+        rows = [
+            row._replace(precisions=[p for p in row.precisions if p in precisions]) for row in suites(device)[suite]
+        ]
+        lines = [line for row in rows for line in measure(row, runs=runs, threads=sorted({1, cores}), kernels=kernels)]
     if output is not None:
+        table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *lines]
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(record + "\n".join(lines) + "\n", encoding="utf-8")
+        Path(output).write_text("\n\n".join([*remarks, "\n".join(table)]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

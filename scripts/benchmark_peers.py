@@ -24,7 +24,7 @@ from detr_backbone import (
 )
 from detr_backbone.detectors import DetectorConfig, build_criterion, build_detector
 
-Kind = Literal["forward", "step", "detr", "detr_step", "deformable_detr", "deformable_detr_step", "getter"]
+Kind = Literal["forward", "step", "detr", "detr_step", "deformable_detr", "deformable_detr_step", "getter", "data"]
 Run = Callable[[], object]
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -44,6 +44,8 @@ class Case:
         shapes = f"{len(self.sizes)} x {self.sizes[0][0]} x {self.sizes[0][1]}"
         if len(set(self.sizes)) > 1:
             shapes = f"{len(self.sizes)} padded to {max(h for h, _ in self.sizes)} x {max(w for _, w in self.sizes)}"
+        if self.kind == "data":
+            return f"data, {shapes} photographs"
         levels = "one level" if self.levels == 1 else "four levels"
         return f"{self.kind.replace('_', ' ')}, {self.network}, {levels}, {shapes}"
 
@@ -78,7 +80,8 @@ def original(case: Case, *, compiled: bool = False) -> Run:
     backbone = _Original(case)
     if "detr" not in case.kind:
         return _backbone(case, backbone, compiled=compiled)
-    detector = build_detector(replace(_detector_config(case), sampling="grid_sample"))
+    config = _detector_config(case)
+    detector = build_detector(replace(config, sampling="grid_sample") if "deformable" in case.kind else config)
     joiner: Any = detector.backbone
     joiner[0] = backbone
     for module in detector.modules():

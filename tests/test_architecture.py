@@ -28,6 +28,7 @@ COMPONENT = {
     "padding",
     "position_encoding",
     "threads",
+    "weight_gradient",
     "weights",
 }
 # part -> the parts it may import from, besides itself
