@@ -7,10 +7,12 @@ stay shared between the workers of a DataLoader, while counting the references o
 Source: https://cocodataset.org/#format-data
 """
 
+import contextlib
+import gc
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,7 +89,8 @@ def load_annotations(
         AnnotationError: the file cannot be read, is no JSON, or contradicts itself or the COCO format.
     """
     packer = Packer() if segmentations else None
-    return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
+    with _uncollected():
+        return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
 
 
 def parse_annotations(
@@ -179,6 +182,18 @@ def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
             if KINDS[one.kind].severity != "note" or policies.action(one.kind)
         },
     )
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for reference cycles: a parsed file has none among millions of objects, and looking takes a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _text(path: Path | str) -> str:
