@@ -95,7 +95,7 @@ class DataReport:
             for split in self.splits
         ]
         indent = " " * 25
-        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind")
+        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind" if self._sorted() else "\nnothing found")
         for split, one in self._sorted():
             kind = KINDS[one.kind]
             done = _DONE.get(self.policies.action(one.kind), "")

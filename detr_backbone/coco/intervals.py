@@ -83,23 +83,21 @@ class Difference:
     p: float
 
     def sentence(self, name: str, *, level: float = 0.95) -> str:
-        """The difference in words and percent, with half the width of its interval.
+        """The middle of the interval in words and percent, with half of its width.
 
         >>> interval = Interval(estimate=0.013, low=0.005, high=0.021)
         >>> Difference(a=0.4, b=0.413, interval=interval, p=0.004).sentence("AP")
         'B is better by 1.3 ± 0.8 AP (p = 0.004)'
         >>> Difference(a=0.413, b=0.4, interval=Interval(estimate=-0.013, low=-0.03, high=0.01), p=0.3).sentence("AP")
-        'no difference shown: B - A is -1.3 ± 2.0 AP (p = 0.3)'
+        'no difference shown: B - A is -1.0 ± 2.0 AP (p = 0.3)'
         """
         if math.isnan(self.p):
             return f"these images cannot tell a difference in {name}"
-        half = 50 * (self.interval.high - self.interval.low)
+        middle, half = (50 * (self.interval.high + sign * self.interval.low) for sign in (1, -1))
         if self.p > 1 - level:
-            return (
-                f"no difference shown: B - A is {100 * (self.b - self.a):+.1f} ± {half:.1f} {name} (p = {self.p:.2g})"
-            )
-        better = "B" if self.b > self.a else "A"
-        return f"{better} is better by {100 * abs(self.b - self.a):.1f} ± {half:.1f} {name} (p = {self.p:.2g})"
+            return f"no difference shown: B - A is {middle:+.1f} ± {half:.1f} {name} (p = {self.p:.2g})"
+        better = "B" if middle > 0 else "A"
+        return f"{better} is better by {abs(middle):.1f} ± {half:.1f} {name} (p = {self.p:.2g})"
 
 
 @dataclass(frozen=True, kw_only=True)
