@@ -7,12 +7,10 @@ stay shared between the workers of a DataLoader, while counting the references o
 Source: https://cocodataset.org/#format-data
 """
 
-import contextlib
-import gc
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from detr_backbone.coco.collector import no_collection
 from detr_backbone.coco.findings import DEFAULT_POLICIES, KINDS, DataPolicies, Findings
 from detr_backbone.coco.rules import Content, examine_content
 from detr_backbone.coco.segmentations import Packer, Segmentations
@@ -89,7 +88,7 @@ def load_annotations(
         AnnotationError: the file cannot be read, is no JSON, or contradicts itself or the COCO format.
     """
     packer = Packer() if segmentations else None
-    with _uncollected():
+    with no_collection():
         return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
 
 
@@ -182,18 +181,6 @@ def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
             if KINDS[one.kind].severity != "note" or policies.action(one.kind)
         },
     )
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for reference cycles: a parsed file has none among millions of objects, and looking takes a third."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _text(path: Path | str) -> str:
