@@ -80,7 +80,7 @@ class DataReport:
                     "action": self.policies.action(one.kind),
                     "count": one.count,
                     "what": KINDS[one.kind].what,
-                    "fix": fix_of(one.kind),
+                    "fix": self._fix(one.kind),
                     "examples": [asdict(example) for example in one.examples],
                 }
                 for split, one in self._sorted()
@@ -105,11 +105,15 @@ class DataReport:
                 indent + example.detail.removeprefix(f"file={split.annotations} ") for example in one.examples[:_SHOWN]
             ]
             lines += [f"{indent}... {one.count - _SHOWN} more"] if one.count > _SHOWN < len(one.examples) else []
-            lines += [f"{indent}fix: {fix}"] if (fix := fix_of(one.kind)) else []
+            lines += [f"{indent}fix: {fix}"] if (fix := self._fix(one.kind)) else []
         counts = [(self.count(severity), severity) for severity in _SEVERITIES]
         sums = ", ".join(f"{severity}s of {number} kinds" for number, severity in counts)
         verdict = "training would refuse this dataset" if counts[0][0] else "training takes this dataset"
         return "\n".join([*lines, f"\n{sums}: {verdict}"])
+
+    def _fix(self, kind: str) -> str:
+        """How to mend a kind; what is no error needs no policy."""
+        return fix_of(kind) if self.severity(kind) == "error" else KINDS[kind].fix
 
     def _sorted(self) -> list[tuple[CheckedSplit, Findings]]:
         every = [
