@@ -1,5 +1,6 @@
 """A COCO annotation file, checked from end to end and packed into arrays."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,19 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
 
     with pytest.raises(AnnotationError, match=rf"file is too large .* expected {MAX_BYTES} at most"):
         load_annotations(path)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(tmp_path: Path, *, enabled: bool) -> None:
+    (tmp_path / "right.json").write_text(json.dumps(content()))
+    (tmp_path / "wrong.json").write_text("{")
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_annotations(tmp_path / "right.json")
+        after_success = gc.isenabled()
+        with pytest.raises(AnnotationError):
+            load_annotations(tmp_path / "wrong.json")
+        assert (after_success, gc.isenabled()) == (enabled, enabled)
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -134,3 +134,10 @@ def test_the_documentation_lists_every_kind_with_its_policy() -> None:
 
 def test_every_policy_is_about_a_kind_of_fault() -> None:
     assert set(DataPolicies.__dataclass_fields__) <= set(KINDS)
+
+
+def test_a_policy_is_named_as_a_fix_where_it_would_help(folder: Path) -> None:
+    tables = [report(folder, **policies).table() for policies in ({}, {"unknown_category": "drop"})]
+
+    fix = "fix: correct the file, or set the policy unknown_category to drop"
+    assert [fix in table for table in tables] == [True, False]

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from detr_backbone.coco.average_precision import STATS, average_precision
-from detr_backbone.coco.intervals import compare, draw_weights, resample_intervals
-from detr_backbone.coco.matching import Matches
+from detr_backbone.coco.halves import draw_weights, spreads_of
+from detr_backbone.coco.intervals import compare, resample_intervals
+from detr_backbone.coco.matching import Matches, match
+from detr_backbone.coco.simulation import simulate
 from detr_backbone.errors import EvaluationError
 from tests.coco_sets import plain_pycocotools, random_set
 from tests.test_matching import matched
@@ -90,8 +93,14 @@ def test_all_resamples_of_two_images() -> None:
     assert drawn.tolist() == pytest.approx([1, HALF, HALF, 0])
 
 
-def test_an_interval_is_the_estimate_less_its_bias_and_half_a_spread_to_each_side() -> None:
-    level = math.erf(0.5 * math.sqrt(0.5))  # of half a standard deviation
+def student(t: float) -> float:
+    """Student's distribution function with three degrees of freedom, in closed form."""
+    u = t / math.sqrt(3)
+    return 0.5 + (u / (1 + u**2) + math.atan(u)) / math.pi
+
+
+def test_an_interval_is_the_estimate_less_its_bias_and_a_share_of_a_spread_to_each_side() -> None:
+    level = 2 * student(0.2) - 1  # four images leave three degrees of freedom
     interval = resample_intervals(four_images(), resamples=20_000, level=level).stats["AP"]
 
     # all four: of the best 1, 2, 3 detections 0, 1, 2 are right, so that half of the objects are found at precision 2/3
@@ -99,11 +108,68 @@ def test_an_interval_is_the_estimate_less_its_bias_and_half_a_spread_to_each_sid
     # the halves 12, 13, 14, 23, 24, 34 are equally probable
     halves = [1, HALF / 2, HALF, HALF / 2, HALF, 0]
     mean = sum(halves) / 6
-    spread = math.sqrt(sum(one**2 for one in halves) / 6 - mean**2)
-    centre = estimate - (mean - estimate) / (2 ** (2 / 3) - 1)
+    # four images hold the class, and two in every half: too high as 1 / 5^(2/3) and 1 / 3^(2/3)
+    bias = (mean - estimate) / ((5 / 3) ** (2 / 3) - 1)
+    spread = math.hypot(math.sqrt(sum(one**2 for one in halves) / 6 - mean**2), bias / 10)
     assert interval.estimate == pytest.approx(estimate)
-    # the standard error of the mean of 20,000 draws is 0.002, that of the centre 0.004
-    assert (interval.low, interval.high) == pytest.approx((centre - spread / 2, centre + spread / 2), abs=0.015)
+    # the standard error of the mean of 20,000 draws is 0.002, that of the centre 0.005
+    expected = (estimate - bias - spread / 5, estimate - bias + spread / 5)
+    assert (interval.low, interval.high) == pytest.approx(expected, abs=0.015)
+
+
+def test_a_recall_is_taken_as_it_is() -> None:
+    interval = resample_intervals(four_images(), resamples=20_000).stats["AR_100"]
+
+    # the halves recall 1, 1/2, 1/2, 1/2, 1/2, 0 of their objects: a spread of sqrt(1/12)
+    assert 0.5 - interval.low == interval.high - 0.5 == 0.5  # 3.18 spreads, cut off at 0 and 1
+    narrow = resample_intervals(four_images(), resamples=20_000, level=2 * student(0.5) - 1).stats["AR_100"]
+    assert (narrow.low, narrow.high) == pytest.approx((0.5 - 12**-0.5 / 2, 0.5 + 12**-0.5 / 2), abs=0.01)
+
+
+def test_classes_tell_together_how_much_too_high_their_mean_is() -> None:
+    """Four images: cat in all of them, as `four_images`; dog in the first two, found and not found; cow in one."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2, 3, 4)],
+        "categories": [{"id": i, "name": name} for i, name in ((1, "cat"), (2, "dog"), (3, "cow"))],
+        "annotations": [
+            {"id": n, "image_id": image, "category_id": label, "bbox": [10, 10, 20, 20]}
+            for n, (image, label) in enumerate([(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (4, 3)], start=1)
+        ],
+    }
+    found = [
+        {"image_id": image, "category_id": label, "bbox": [x, 10, 20, 20], "score": score}
+        for image, label, x, score in (
+            *((1, 1, 10, 0.9), (2, 1, 10, 0.8), (3, 1, 60, 0.95)),
+            *((1, 2, 10, 0.9), (3, 2, 60, 0.99), (4, 3, 10, 0.9)),
+        )
+    ]
+    matches = matched(content, found)
+    spreads = spreads_of(
+        lambda weights: average_precision(matches, weights),
+        np.tile([4, 2, 1], (12, 1)),
+        images=4,
+        resamples=20_000,
+        seed=0,
+    )
+
+    cat, cats = HALF * 2 / 3, [1, HALF / 2, HALF, HALF / 2, HALF, 0]  # as above
+    # dog: the best detection is in image 3; half of the objects at precision 1/2. The half 34 holds no dog
+    dog, dogs = HALF / 2, [HALF, 1 / 2, 1, 0, 0]  # 12, 13, 14, 23, 24
+    higher = [sum(cats) / 6 - cat, sum(dogs) / 5 - dog]
+    law = [5 ** (-2 / 3), 3 ** (-2 / 3), 2 ** (-2 / 3)]
+    # of the five halves with dogs one holds two images of them, four hold one
+    of_halves = [3 ** (-2 / 3), (3 ** (-2 / 3) + 4 * 2 ** (-2 / 3)) / 5]
+    factor = sum(higher) / (of_halves[0] - law[0] + of_halves[1] - law[1])
+    assert spreads.estimates[[0, 12, 13, 14]].tolist() == pytest.approx([(cat + dog + 1) / 3, cat, dog, 1])
+    # standard errors: 0.002 of a mean of halves, by the factor 1 / (of_halves - law)
+    assert spreads.biases[0] == pytest.approx(factor * sum(law) / 3, abs=0.03)
+    assert spreads.biases[13] == pytest.approx(higher[1] * law[1] / (of_halves[1] - law[1]), abs=0.05)
+    assert np.isnan(spreads.biases[14])
+    assert spreads.freedom[12:14].tolist() == [3, 1]
+    of_dogs = np.std(dogs) ** 2
+    of_cats = np.std(cats) ** 2
+    expected = (of_cats + of_dogs) ** 2 / (of_cats**2 / 3 + of_dogs**2 / 1)
+    assert spreads.freedom[0] == pytest.approx(expected, rel=0.05)
 
 
 def test_draws_are_halves_of_the_images_and_those_of_the_seed() -> None:
@@ -114,6 +180,8 @@ def test_draws_are_halves_of_the_images_and_those_of_the_seed() -> None:
     assert set(first.ravel().tolist()) == {0, 1}
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+    assert set((first[:, ::2] + first[:, 1::2]).ravel().tolist()) == {0, 1}  # two of a pair share no image
+    assert next(draw_weights(7, 3, seed=0)).shape == (7, 3)
 
 
 def test_all_halves_are_equally_probable() -> None:
@@ -124,7 +192,7 @@ def test_all_halves_are_equally_probable() -> None:
     assert counts.tolist() == pytest.approx([1000] * 6, abs=145)
 
 
-def test_a_class_in_one_image_has_no_interval() -> None:
+def test_a_class_in_one_image_or_of_which_halves_do_not_differ_has_no_interval() -> None:
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2, 3)],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
@@ -138,13 +206,19 @@ def test_a_class_in_one_image_has_no_interval() -> None:
     matches = matched(content, results)
     intervals, difference = resample_intervals(matches, resamples=20), compare(matches, matches, resamples=20)
 
-    assert str(intervals.per_class["cat"]) == "1.000 [1.000, 1.000]"
     assert str(intervals.per_class["dog"]) == "-"
-    assert [name for name, one in intervals.stats.items() if math.isnan(one.low)] == [
-        "AP_medium",
-        "AP_large",
-        "AR_medium",
-        "AR_large",
+    assert str(intervals.per_class["cat"]) == "-"  # perfect in every half, which tells nothing of other images
+    assert all(math.isnan(one.low) for one in intervals.stats.values())
+    assert str(difference).splitlines()[-2].split() == [
+        "cat",
+        "100.0",
+        "100.0",
+        "+0.0",
+        "[+0.0,",
+        "+0.0]",
+        "p",
+        "=",
+        "1.000",
     ]
     assert str(difference).splitlines()[-1].split() == ["dog", "100.0", "100.0", "+0.0", "-"]
     assert difference.per_class["dog"].sentence("AP") == "these images cannot tell a difference in AP"
@@ -172,14 +246,10 @@ def test_a_detector_is_not_better_than_itself() -> None:
     assert difference.sentence("AP") == "no difference shown: B - A is +0.0 ± 0.0 AP (p = 1)"
 
 
-def worse(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Detections of which every other one is moved away."""
-    return [{**one, "bbox": [90, 70, 9, 9]} if index % 2 else one for index, one in enumerate(results)]
-
-
 def test_a_better_detector_is_found_better_whichever_comes_first() -> None:
-    content, results = random_set(np.random.default_rng(4))
-    good, bad = matched(content, results), matched(content, worse(results))
+    annotations, detections = simulate(60, classes=3, detections=20)
+    shifted = replace(detections, boxes=detections.boxes + np.array([3, 3, 0, 0]))
+    good, bad = match(annotations, detections), match(annotations, shifted)
 
     forward, back = (compare(*pair, resamples=200) for pair in ((bad, good), (good, bad)))
 

@@ -1,6 +1,7 @@
 """Which images share a batch, in which order, and what follows from seed and epoch alone."""
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from detr_backbone.coco.dataset import CocoDetection, collate
 from detr_backbone.coco.selection import SubsetConfig
-from detr_backbone.coco.transforms import TransformConfig
+from detr_backbone.coco.transforms import TransformConfig, make_transforms
+from detr_backbone.errors import DataError
 from detr_backbone.training import DataConfig, SplitConfig, open_split
 from detr_backbone.training.data import AspectRatioBatches, eval_loader, seed_epoch, train_loader
 from detr_backbone.training.progress import Means
@@ -172,3 +174,22 @@ def test_the_padding_of_an_epoch_is_counted(dataset: CocoDetection) -> None:
     means.add(losses, collate([landscape, landscape])[0])
 
     assert means.values()["padding"] == pytest.approx(1600 / 4800)
+
+
+class Stalled(CocoDetection):
+    """The second picture of an evaluation, which takes wide ones first, never comes."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 3:
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads
+def test_a_storage_that_stalls_ends_the_run_and_the_error_says_where(config: DataConfig) -> None:
+    transforms = make_transforms(config.transforms, train=False)
+    dataset = Stalled(config.val.images, config.val.annotations, transforms=transforms)
+    loader = eval_loader(dataset, replace(config, batch_size=1, num_workers=1, timeout=5))
+
+    with pytest.raises(DataError, match=r"key=data.timeout, the last batch was image_id=\[0\] \| got none for 5 sec"):
+        list(loader)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from detr_backbone.coco.collector import no_collection
 from detr_backbone.coco.findings import DEFAULT_POLICIES, KINDS, DataPolicies, Findings
 from detr_backbone.coco.rules import Content, examine_content
 from detr_backbone.coco.segmentations import Packer, Segmentations
@@ -87,7 +88,8 @@ def load_annotations(
         AnnotationError: the file cannot be read, is no JSON, or contradicts itself or the COCO format.
     """
     packer = Packer() if segmentations else None
-    return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
+    with no_collection():
+        return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
 
 
 def parse_annotations(

@@ -37,11 +37,17 @@ class Resampled:
 
     Attributes:
         stats: float64 [12, B], in the order of `STATS`.
-        per_class: float64 [K, B], the AP of each class.
+        by_class: float64 [12, K, B], the same of each class, of which `stats` are the means.
     """
 
     stats: Numbers
-    per_class: Numbers
+    by_class: Numbers
+
+    @property
+    def per_class(self) -> Numbers:
+        """float64 [K, B], the AP of each class."""
+        aps: Numbers = self.by_class[0]
+        return aps
 
 
 def average_precision(matches: Matches, weights: Weights | None = None) -> Resampled:
@@ -71,8 +77,8 @@ def average_precision(matches: Matches, weights: Weights | None = None) -> Resam
     precision[:, :, :] = np.where(objects[:, None] > 0, precision, np.nan)
     recall = _recall(matches, right, weights, objects)
     by_threshold, by_area = precision[0, (0, 5)], precision.mean(axis=1)
-    by_class = [by_area[0], *by_threshold, *by_area[1:], *recall]
-    return Resampled(stats=np.stack([_mean(numbers) for numbers in by_class]), per_class=by_area[0])
+    by_class = np.stack([by_area[0], *by_threshold, *by_area[1:], *recall])
+    return Resampled(stats=_mean(by_class), by_class=by_class)
 
 
 def _objects(matches: Matches, weights: Weights) -> Numbers:
@@ -138,8 +144,10 @@ def _running_sums(rows: Rows, ends: Rows, images: Rows, weights: Weights) -> npt
 
 def _weighted_sums(rows: Rows, images: Rows, length: int, weights: Weights) -> npt.NDArray[Any]:
     """The weights of `images`, summed by `rows` 0 .. length - 1: [length, B]."""
+    order = np.argsort(rows, kind="stable")
+    starts = np.searchsorted(rows[order], np.arange(length + 1))
     ones = np.ones(len(rows), dtype=weights.dtype)
-    counts = csr_array((ones, (rows, images)), shape=(length, len(weights)))
+    counts = csr_array((ones, images[order], starts), shape=(length, len(weights)))
     sums: npt.NDArray[Any] = counts @ weights
     return sums
 
@@ -170,8 +178,8 @@ def _recall(matches: Matches, right: Flags, weights: Weights, objects: Numbers) 
 
 
 def _mean(numbers: Numbers) -> Numbers:
-    """The mean over classes [K, B] that have objects; NaN where none has."""
+    """The mean over classes [12, K, B] that have objects; NaN where none has."""
     there = ~np.isnan(numbers)
     with np.errstate(invalid="ignore"):
-        mean: Numbers = np.where(there, numbers, 0).sum(axis=0) / there.sum(axis=0)
+        mean: Numbers = np.where(there, numbers, 0).sum(axis=1) / there.sum(axis=1)
     return mean

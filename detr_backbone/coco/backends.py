@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from detr_backbone.coco.collector import no_collection
 from detr_backbone.coco.segmentations import EncodedMask
 from detr_backbone.errors import EvaluationError
 
@@ -66,7 +67,7 @@ def numbers_of(
     images = [{"id": number, "height": h, "width": w} for number, (h, w) in enumerate(sizes.tolist(), start=1)]
     categories = [{"id": number, "name": str(number)} for number in range(1, classes + 1)]
     pack = _columns if backend == "hotcoco" else _records
-    with contextlib.redirect_stdout(io.StringIO()):
+    with no_collection(), contextlib.redirect_stdout(io.StringIO()):
         truth, results = (pack(coco_class, images, categories, regions) for regions in (objects, detections))
         evaluation = eval_class(truth, results, "bbox" if objects.masks is None else "segm")
         evaluation.evaluate()

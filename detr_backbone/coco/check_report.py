@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from detr_backbone.coco.findings import KINDS, DataPolicies, Findings, Severity
+from detr_backbone.coco.findings import KINDS, DataPolicies, Findings, Severity, fix_of
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _DONE = {"drop": "; dropped", "clamp": "; clipped"}
@@ -80,7 +80,7 @@ class DataReport:
                     "action": self.policies.action(one.kind),
                     "count": one.count,
                     "what": KINDS[one.kind].what,
-                    "fix": KINDS[one.kind].fix,
+                    "fix": self._fix(one.kind),
                     "examples": [asdict(example) for example in one.examples],
                 }
                 for split, one in self._sorted()
@@ -95,7 +95,7 @@ class DataReport:
             for split in self.splits
         ]
         indent = " " * 25
-        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind")
+        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind" if self._sorted() else "\nnothing found")
         for split, one in self._sorted():
             kind = KINDS[one.kind]
             done = _DONE.get(self.policies.action(one.kind), "")
@@ -105,11 +105,15 @@ class DataReport:
                 indent + example.detail.removeprefix(f"file={split.annotations} ") for example in one.examples[:_SHOWN]
             ]
             lines += [f"{indent}... {one.count - _SHOWN} more"] if one.count > _SHOWN < len(one.examples) else []
-            lines += [f"{indent}fix: {kind.fix}"] if kind.fix else []
+            lines += [f"{indent}fix: {fix}"] if (fix := self._fix(one.kind)) else []
         counts = [(self.count(severity), severity) for severity in _SEVERITIES]
         sums = ", ".join(f"{severity}s of {number} kinds" for number, severity in counts)
         verdict = "training would refuse this dataset" if counts[0][0] else "training takes this dataset"
         return "\n".join([*lines, f"\n{sums}: {verdict}"])
+
+    def _fix(self, kind: str) -> str:
+        """How to mend a kind; what is no error needs no policy."""
+        return fix_of(kind) if self.severity(kind) == "error" else KINDS[kind].fix
 
     def _sorted(self) -> list[tuple[CheckedSplit, Findings]]:
         every = [

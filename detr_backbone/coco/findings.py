@@ -40,14 +40,16 @@ KINDS: Mapping[str, Kind] = {
     # the annotation file
     "file_unreadable": Kind(what="annotation file cannot be read"),
     "structure": Kind(what="file is not a COCO dataset"),
-    "no_images": Kind(what="dataset has no images", error=DataError),
-    "id_malformed": Kind(what="entry has no integer id"),
-    "duplicate_image": Kind(what="image id is used twice"),
+    "no_images": Kind(what="dataset has no images", fix="look whether it is the right file", error=DataError),
+    "id_malformed": Kind(what="entry has no integer id", fix="number the entries"),
+    "duplicate_image": Kind(what="image id is used twice", fix="give every image an id of its own"),
     "file_name_malformed": Kind(what="image has no file name"),
     "image_size_malformed": Kind(what="image has no size"),
     "duplicate_category": Kind(what="category id is used twice"),
     "category_name_malformed": Kind(what="category has no name"),
-    "reference_malformed": Kind(what="annotation does not say what it belongs to"),
+    "reference_malformed": Kind(
+        what="annotation does not say what it belongs to", fix="write ids as integers, not as text"
+    ),
     "unknown_image": Kind(what="annotation of an unknown image"),
     "unknown_category": Kind(what="annotation of an unknown category"),
     "duplicate_annotation": Kind(what="annotation id is used twice", fix="renumber the annotations"),
@@ -69,14 +71,20 @@ KINDS: Mapping[str, Kind] = {
     "segmentation_size": Kind(what="encoded mask is not of the size of its image"),
     "segmentation_counts": Kind(what="encoded mask is not filled by its runs"),
     # the files of the pictures
-    "path_outside": Kind(what="file name leads out of the images folder"),
+    "path_outside": Kind(
+        what="file name leads out of the images folder", fix="name files relative to the folder, and move them into it"
+    ),
     "file_missing": Kind(what="image files are missing", fix="check the folder", error=DataError),
     "duplicate_file": Kind(what="images share a file", fix="merge their annotations", severity="warning"),
     "file_name_not_text": Kind(what="file name is not UTF-8 text", fix="rename the file", severity="warning"),
     # the pictures
-    "picture_unreadable": Kind(what="picture cannot be read", error=DataError),
+    "picture_unreadable": Kind(
+        what="picture cannot be read", fix="replace the file, or take its image out of the annotations", error=DataError
+    ),
     "picture_too_large": Kind(what="picture is too large", fix="downscale it", error=DataError),
-    "picture_size": Kind(what="stated size is not that of the picture"),
+    "picture_size": Kind(
+        what="stated size is not that of the picture", fix="state its own, or restore the picture that was annotated"
+    ),
     "picture_rotated": Kind(
         what="picture is stored rotated", fix="look at its boxes, or store it upright", severity="warning"
     ),
@@ -157,6 +165,18 @@ class DataPolicies:
 DEFAULT_POLICIES = DataPolicies()
 
 
+def fix_of(kind: str) -> str:
+    """How to mend a kind of fault, and the policy that lets it through; empty where the message says it all.
+
+    >>> fix_of("duplicate_annotation")
+    'renumber the annotations, or set the policy duplicate_annotation to drop'
+    """
+    fix = KINDS[kind].fix
+    if getattr(DEFAULT_POLICIES, kind, "") != "error":
+        return fix
+    return f"{fix or 'correct the file'}, or set the policy {kind} to drop"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One fault, and where it is.
@@ -184,8 +204,8 @@ class Finding:
     @property
     def message(self) -> str:
         """The whole of it in one line."""
-        kind = KINDS[self.kind]
-        return f"{kind.what} | where: {self.detail}" + (f" | fix: {kind.fix}" if kind.fix else "")
+        fix = fix_of(self.kind)
+        return f"{KINDS[self.kind].what} | where: {self.detail}" + (f" | fix: {fix}" if fix else "")
 
     @property
     def error(self) -> DetrBackboneError:

@@ -69,7 +69,8 @@ def _intervals(summary: Summary) -> str:
         return "Intervals were not asked for."
     return (
         f"An interval covers, in {100 * summary['level']:.0f} % of samples of images, what the number would be over "
-        f"all images alike; it comes from {summary['resamples']:,} draws of half of the images."
+        f"all images alike; it comes from {summary['resamples']:,} draws of half of the images. "
+        "It may lie below the value: on few images, AP is too high."
     )
 
 

@@ -48,6 +48,7 @@ class DataConfig:
         group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
             not what the papers did. Evaluation always does so.
         num_workers: processes that read images; 0 reads them in the training process.
+        timeout: seconds without a batch from the workers, as where storage stalls, that end a run; 0 waits for ever.
         eval_backend: the library that computes COCO's numbers; all give the same, and the last two are faster and need
             `pip install detr_backbone[fast-eval]`.
     """
@@ -60,10 +61,11 @@ class DataConfig:
     pad_to_multiple_of: int = 1
     group_by_aspect_ratio: bool = False
     num_workers: int = 2
+    timeout: int = 0
     eval_backend: Backend = "pycocotools"
 
     def __post_init__(self) -> None:
-        for key, least in (("batch_size", 1), ("num_workers", 0), ("pad_to_multiple_of", 1)):
+        for key, least in (("batch_size", 1), ("num_workers", 0), ("pad_to_multiple_of", 1), ("timeout", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"`data.{key}` must be at least {least}, got {getattr(self, key)}")
 

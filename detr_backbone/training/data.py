@@ -17,12 +17,11 @@ from detr_backbone.coco.annotations import load_annotations
 from detr_backbone.coco.dataset import CocoDetection, Target, collate
 from detr_backbone.coco.subset import take_subset
 from detr_backbone.coco.transforms import make_transforms
-from detr_backbone.errors import ConfigError
+from detr_backbone.errors import ConfigError, DataError
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.config import DataConfig, SplitConfig
 
 Batch: TypeAlias = tuple[NestedTensor, list[Target]]
-Loader: TypeAlias = DataLoader[Any]  # of samples, which it collates to a Batch
 
 
 def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDetection:
@@ -38,6 +37,24 @@ def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDe
     annotations = take_subset(load_annotations(split.annotations, policies=config.policies), split.subset)
     transforms = make_transforms(config.transforms, train=train)
     return CocoDetection(split.images, annotations, transforms=transforms, policies=config.policies)
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that says after which images it stalled."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        last = "none"
+        try:
+            for images, targets in super().__iter__():
+                last = f"image_id={[target['image_id'] for target in targets]}"
+                yield images, targets
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise DataError(
+                f"no batch came in time | where: key=data.timeout, the last batch was {last} | "
+                f"got none for {self.timeout:g} seconds | fix: look at the storage, or raise data.timeout"
+            ) from error
 
 
 class AspectRatioBatches(BatchSampler):
@@ -93,10 +110,11 @@ def train_loader(
         batches = AspectRatioBatches(sampler, batch_size, ratios=_aspect_ratios(dataset), generator=generator)
     # Workers are started anew for every epoch: persistent ones would go on with the random numbers of the last epoch,
     # and `seed_epoch` could not repeat the transforms.
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=config.num_workers,
+        timeout=config.timeout if config.num_workers else 0,
         collate_fn=partial(collate, pad_to_multiple_of=config.pad_to_multiple_of),
         pin_memory=torch.cuda.is_available(),
         generator=generator,
@@ -123,10 +141,11 @@ def eval_loader(dataset: CocoDetection, config: DataConfig, *, world_size: int =
     least padding. With the padding of the original code every order has numbers of its own.
     """
     order = _aspect_ratios(dataset).argsort(kind="stable").tolist()
-    return DataLoader(
+    return Loader(
         Subset(dataset, order[rank::world_size]),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        timeout=config.timeout if config.num_workers else 0,
         collate_fn=partial(collate, pad_to_multiple_of=config.pad_to_multiple_of),
         pin_memory=torch.cuda.is_available(),
     )
