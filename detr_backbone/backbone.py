@@ -108,10 +108,12 @@ class BackboneBase(nn.Module):
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.body.to(memory_format=self._memory_format)
-        if tried and find_leak(self.forward, self.body):
+        leak = find_leak(self.forward, self.body) if tried else None
+        if leak and self.size_divisor < measured.coarsest:
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
-            if leak := find_leak(self.forward, self.body):
-                raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
+            leak = find_leak(self.forward, self.body)
+        if leak:
+            raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
         fold_frozen_batch_norm(self.body)
         checkpoint_layers(self.body, checkpointed_layers, self._exact_padding)
 

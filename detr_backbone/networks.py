@@ -75,7 +75,10 @@ def stages(network: nn.Module) -> list[Stage]:
     Raises:
         ConfigError: the network does not take an image of 256 x 320 pixels.
     """
-    calls = _calls(network)
+    return _stages(network, _calls(network))
+
+
+def _stages(network: nn.Module, calls: dict[str, _Call]) -> list[Stage]:
     info = getattr(network, "feature_info", None) or ()
     declared = [entry["module"] for entry in getattr(info, "info", info)]
     paths = (
@@ -129,13 +132,13 @@ def after_first_stage(network: nn.Module, return_layers: Sequence[str]) -> list[
     Raises:
         ConfigError: the network has no such stage, or does not take an image of 256 x 320 pixels.
     """
-    found = stages(network)
+    calls = _calls(network)
+    found = _stages(network, calls)
     first = [stage for stage in found if stage.stride <= 4]
     if not first:
         raise ConfigError(
             f"`train_layers` must be given for a network without a stage of stride 4, got {describe_stages(found)}"
         )
-    calls = _calls(network)
     begin = calls[first[-1].path].ended
     end = max((calls[path].ended for path in return_layers if path in calls), default=0)
     after = [path for path, call in calls.items() if begin < call.began < end]
