@@ -53,18 +53,19 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class _Shortcut(TorchFunctionMode):
-    """Gives functions that keep shape, dtype and strides their input back, as a tensor of its own.
+    """Says at once what the most frequent functions give: most of the time of a pass is what torch computes for these.
 
-    What torch computes instead, for shapes alone, takes most of the time of a pass: 1 ms for one BatchNorm.
+    Where they keep shape, dtype and strides, their input is given back, as a tensor of its own.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _KEEP_SHAPE and args and _is_dense(args[0]):
-            return args[0].detach()
-        if func is F.layer_norm and args and args[0].is_contiguous():  # of other strides it makes contiguous ones
-            return args[0].detach()
+        x = args[0] if args else None
+        if isinstance(x, Tensor):
+            contiguous = x.is_contiguous()
+            if func in _KEEP_SHAPE and (contiguous or x.is_contiguous(memory_format=torch.channels_last)):
+                return x.detach()
+            if func is F.layer_norm and contiguous:
+                return x.detach()
+            if func is F.linear and contiguous and len(args) > 1 and x.shape[-1] == args[1].shape[1]:
+                return x.new_empty((*x.shape[:-1], args[1].shape[0]))
         return func(*args, **(kwargs or {}))
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
