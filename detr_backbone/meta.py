@@ -31,7 +31,7 @@ def on_meta(network: nn.Module, size: Size = PROBE) -> Any:
     meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
     try:
-        with torch.no_grad(), evaluating(network), _Shortcut():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), evaluating(network), _Shortcut():
             return torch.func.functional_call(network, meta, (image,))
     except Exception as error:  # whatever a network raises at an image that it was not made for
         raise ConfigError(
