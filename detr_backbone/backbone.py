@@ -108,8 +108,7 @@ class BackboneBase(nn.Module):
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.body.to(memory_format=self._memory_format)
-        leak = find_leak(self.forward, self.body) if tried else None
-        if leak and self.size_divisor == 1:
+        if (leak := tried and find_leak(self.forward, self.body)) and self.size_divisor == 1:
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
             leak = find_leak(self.forward, self.body)
         if leak:
