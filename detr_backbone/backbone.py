@@ -17,7 +17,7 @@ from detr_backbone.folding import fold_frozen_batch_norm
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.maps import as_map, size_of
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
-from detr_backbone.networks import after_first_stage, build_network, chosen_levels, train_only
+from detr_backbone.networks import Survey, build_network, train_only
 from detr_backbone.norms import Norm, set_norm
 from detr_backbone.padding import (
     ExactPadding,
@@ -76,7 +76,7 @@ class BackboneBase(nn.Module):
         checkpointed_layers: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        return_layers = chosen_levels(backbone, return_layers, return_interm_layers=return_interm_layers)
+        return_layers = Survey(backbone).levels(return_layers, return_interm_layers=return_interm_layers)
         if padding not in ("exact", "zeros"):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
         if len(set(return_layers)) < len(return_layers):
@@ -108,10 +108,11 @@ class BackboneBase(nn.Module):
         self._exact_padding = ExactPadding(self.body, measured.input_strides) if padding == "exact" else None
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.body.to(memory_format=self._memory_format)
-        if tried and find_leak(self.forward, self.body):
+        if (leak := tried and find_leak(self.forward, self.body)) and self.size_divisor == 1:
             self.size_divisor = measured.coarsest  # windows that follow the size of the image find it always even
-            if leak := find_leak(self.forward, self.body):
-                raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
+            leak = find_leak(self.forward, self.body)
+        if leak:
+            raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {leak}")
         fold_frozen_batch_norm(self.body)
         checkpoint_layers(self.body, checkpointed_layers, self._exact_padding)
 
@@ -178,10 +179,11 @@ class Backbone(BackboneBase):
         checkpointed_layers: Sequence[str] = (),
     ) -> None:
         network = build_network(name, dilation=dilation, in_channels=in_channels)
-        return_layers = chosen_levels(network, return_layers, return_interm_layers=return_interm_layers)
+        survey = Survey(network)
+        return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)
         if train_layers is None and isinstance(network, ResNet):
             train_layers = TRAINED_STAGES
-        trained = after_first_stage(network, return_layers) if train_layers is None else train_layers
+        trained = survey.after_first_stage(return_layers) if train_layers is None else train_layers
         if norm == "group" and weights is not None:
             raise ConfigError(
                 f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm has no place for the statistics "

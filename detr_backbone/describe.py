@@ -25,7 +25,7 @@ _Images: TypeAlias = NestedTensor | Tensor
 _Call: TypeAlias = tuple[str, int]  # path, and how often the layer was called up to then
 
 _OPENED = (Joiner, nn.ModuleList, nn.ModuleDict)
-"""Opened without a row: never called themselves, or giving what their children gave."""
+"""Opened without a row, as is a bare nn.Module: never called themselves, or giving what their children gave."""
 
 
 @torch.no_grad()
@@ -169,9 +169,10 @@ def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:
 
 def _to_depth(module: nn.Module, depth: int, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        if not isinstance(child, _OPENED):
+        opened = isinstance(child, _OPENED) or type(child) is nn.Module  # as a traced graph keeps around its layers
+        if not opened:
             yield prefix + name
-        below = depth if isinstance(child, (BackboneBase, *_OPENED)) else depth - 1
+        below = depth if opened or isinstance(child, BackboneBase) else depth - 1
         if below:
             yield from _to_depth(child, below, f"{prefix}{name}.")
 

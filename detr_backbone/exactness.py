@@ -54,11 +54,12 @@ def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str
     alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
     with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            if _equal(forward(alone), forward(together)):
-                return None
-            where = _first_difference(forward, body, alone, together)
+            (levels, expected), (levels_together, got) = (_run(forward, body, batch) for batch in (alone, together))
         except Exception as error:  # such as for a convolution over something else than a map of the batch
             return f"it fails for images of {_SIZES[0]} and {_SIZES[1]} pixels: {error}"
+    if _equal(levels, levels_together):
+        return None
+    where = _first_difference(body, expected, got)
     return f"padding gets into the image, first seen in the output of {where}"
 
 
@@ -75,22 +76,19 @@ def _same(alone: Tensor, together: Tensor) -> bool:
     return bool(difference <= _TOLERANCE * scale)
 
 
-def _first_difference(
-    forward: Callable[[NestedTensor], Levels], body: nn.Module, alone: NestedTensor, together: NestedTensor
-) -> str:
+def _first_difference(body: nn.Module, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
     """The first layer to return that gives the image's own cells another value in the batch."""
     modules = dict(body.named_modules())
-    expected, got = (_outputs(forward, body, batch, alone.sizes[0]) for batch in (alone, together))
     for path, output in expected.items():
         if path in got and output.shape == got[path].shape and not _same(output, got[path]):
             return f"{path} ({type(modules[path]).__name__})"
     return "the code between its layers"
 
 
-def _outputs(
-    forward: Callable[[NestedTensor], Levels], body: nn.Module, batch: NestedTensor, size: Size
-) -> dict[str, Tensor]:
-    """The first image's cells in each layer's output, by path, in the order in which the layers return."""
+def _run(
+    forward: Callable[[NestedTensor], Levels], body: nn.Module, batch: NestedTensor
+) -> tuple[Levels, dict[str, Tensor]]:
+    """The levels, and the first image's cells in each layer's output, in the order in which the layers return."""
     outputs: dict[str, Tensor] = {}
     padded: list[Size] = []
 
@@ -99,16 +97,15 @@ def _outputs(
 
     def keep(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim in (3, 4) and path not in outputs:
-            outputs[path] = _cells_of(output[:1], size, padded[0]).clone()
+            outputs[path] = _cells_of(output[:1], batch.sizes[0], padded[0]).clone()
 
     handles = [body.register_forward_pre_hook(note)]
     handles += [module.register_forward_hook(partial(keep, path)) for path, module in body.named_modules() if path]
     try:
-        forward(batch)
+        return forward(batch), outputs
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
 
 
 def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:

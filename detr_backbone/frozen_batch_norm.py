@@ -27,7 +27,7 @@ class FrozenBatchNorm2d(nn.Module):
     is dropped. Scale and shift are folded in float32 at least, and the output has the input's dtype.
 
     Args:
-        num_features: channels C of the input [B, C, H, W].
+        num_features: channels C of the input [B, C, H, W]; axes after C may be any, as of tokens [B, C, N].
         eps: added to the variance, in float32.
 
     Attributes:
@@ -140,7 +140,7 @@ def _normalise_by_batch(
 ) -> Tensor:
     x = inputs[0]
     channels_first = x.float().transpose(0, 1)
-    cells = channels_first.flatten(1) if mask is None else channels_first[:, ~mask]
+    cells = channels_first.flatten(1) if mask is None or x.ndim != 4 else channels_first[:, ~mask]
     count = cells.shape[1]
     if count < 2:
         raise ConfigError(

@@ -6,7 +6,7 @@ Nothing about a network is typed into a table: layers, strides and channels are 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, cast
 
@@ -66,80 +66,89 @@ def build_network(name: str, *, dilation: bool = False, in_channels: int = 3) ->
     return network
 
 
+class Survey:
+    """What a pass over an image without numbers shows of a network; the pass is made when it is first needed.
+
+    Args:
+        network: as its library builds it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The last layer before each change of resolution, finest first: what can be a level of features.
+
+        timm declares for most of its networks where the stages end. In others the layers are taken in the order of
+        their calls, each as a whole unless it more than halves the resolution.
+
+        Raises:
+            ConfigError: the network does not take an image of 256 x 320 pixels.
+        """
+        info = getattr(self._network, "feature_info", None) or ()
+        declared = [entry["module"] for entry in getattr(info, "info", info)]
+        if not declared or not all(path in self._calls for path in declared):
+            declared = list(_whole_layers(self._network, "", self._calls))
+        last = {}
+        for path in sorted(declared, key=lambda path: self._calls[path].ended):
+            layout = self._calls[path].gives
+            if layout is not None:
+                last[layout.stride] = Stage(path=path, stride=layout.stride, channels=layout.channels)
+        return sorted(last.values(), key=lambda stage: stage.stride)
+
+    def levels(self, return_layers: Sequence[str] | None, *, return_interm_layers: bool) -> Sequence[str]:
+        """The layers to return: those that are named; otherwise all default levels, or the last of them.
+
+        Default levels are the last layers of every resolution of stride 4 and more: a ResNet's four stages.
+
+        Raises:
+            ConfigError: layers are named, and all of them asked for too; or there are no default levels.
+        """
+        if return_layers is None:
+            return self._default_levels()[0 if return_interm_layers else -1 :]
+        if return_interm_layers:
+            raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
+        return return_layers
+
+    def after_first_stage(self, return_layers: Sequence[str]) -> list[str]:
+        """The layers after the stem and the first stage, which DETR leaves as pretrained, up to the last one returned.
+
+        The first stage ends with the last layer before the resolution falls below a quarter of the image's.
+
+        Raises:
+            ConfigError: the network has no such stage, or does not take an image of 256 x 320 pixels.
+        """
+        first = [stage for stage in self.stages if stage.stride <= 4]
+        if not first:
+            raise ConfigError(
+                "`train_layers` must be given for a network without a stage of stride 4, got "
+                f"{describe_stages(self.stages)}"
+            )
+        calls = self._calls
+        begin = calls[first[-1].path].ended
+        end = max((calls[path].ended for path in return_layers if path in calls), default=0)
+        after = [path for path, call in calls.items() if begin < call.began < end]
+        return [path for path in after if path.rpartition(".")[0] not in after]
+
+    def _default_levels(self) -> list[str]:
+        if isinstance(self._network, ResNet):
+            return ["layer1", "layer2", "layer3", "layer4"]
+        if not self.stages or self.stages[-1].stride < 4:
+            raise ConfigError(
+                "the network must have a layer whose sides are the image's divided by a whole stride of 4 or more, got "
+                f"{describe_stages(self.stages)}"
+            )
+        return [stage.path for stage in self.stages if stage.stride >= 4]
+
+    @cached_property
+    def _calls(self) -> dict[str, _Call]:
+        return _calls(self._network)
+
+
 def stages(network: nn.Module) -> list[Stage]:
-    """The last layer before each change of resolution, finest first: what can be a level of features.
-
-    timm declares for most of its networks where the stages end. In others the layers are taken in the order of their
-    calls, each as a whole unless it more than halves the resolution.
-
-    Raises:
-        ConfigError: the network does not take an image of 256 x 320 pixels.
-    """
-    calls = _calls(network)
-    info = getattr(network, "feature_info", None) or ()
-    declared = [entry["module"] for entry in getattr(info, "info", info)]
-    paths = (
-        declared if declared and all(path in calls for path in declared) else list(_whole_layers(network, "", calls))
-    )
-    last = {}
-    for path in sorted(paths, key=lambda path: calls[path].ended):
-        layout = calls[path].gives
-        if layout is not None:
-            last[layout.stride] = Stage(path=path, stride=layout.stride, channels=layout.channels)
-    return sorted(last.values(), key=lambda stage: stage.stride)
-
-
-def default_levels(network: nn.Module) -> list[str]:
-    """The last layer of every resolution of stride 4 and more, finest first: a ResNet's four stages.
-
-    Raises:
-        ConfigError: the network has none, or does not take an image of 256 x 320 pixels.
-    """
-    if isinstance(network, ResNet):
-        return ["layer1", "layer2", "layer3", "layer4"]
-    found = stages(network)
-    if not found or found[-1].stride < 4:
-        raise ConfigError(
-            "the network must have a layer whose sides are the image's divided by a whole stride of 4 or more, got "
-            f"{describe_stages(found)}"
-        )
-    return [stage.path for stage in found if stage.stride >= 4]
-
-
-def chosen_levels(
-    network: nn.Module, return_layers: Sequence[str] | None, *, return_interm_layers: bool
-) -> Sequence[str]:
-    """The layers to return: those that are named; otherwise all default levels, or the last of them.
-
-    Raises:
-        ConfigError: layers are named, and all of them asked for too; or there are no default levels.
-    """
-    if return_layers is None:
-        return default_levels(network)[0 if return_interm_layers else -1 :]
-    if return_interm_layers:
-        raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
-    return return_layers
-
-
-def after_first_stage(network: nn.Module, return_layers: Sequence[str]) -> list[str]:
-    """The layers after the stem and the first stage, which DETR leaves as pretrained, up to the last one returned.
-
-    The first stage ends with the last layer before the resolution falls below a quarter of the image's.
-
-    Raises:
-        ConfigError: the network has no such stage, or does not take an image of 256 x 320 pixels.
-    """
-    found = stages(network)
-    first = [stage for stage in found if stage.stride <= 4]
-    if not first:
-        raise ConfigError(
-            f"`train_layers` must be given for a network without a stage of stride 4, got {describe_stages(found)}"
-        )
-    calls = _calls(network)
-    begin = calls[first[-1].path].ended
-    end = max((calls[path].ended for path in return_layers if path in calls), default=0)
-    after = [path for path, call in calls.items() if begin < call.began < end]
-    return [path for path in after if path.rpartition(".")[0] not in after]
+    """The last layer before each change of resolution, as `Survey` finds them."""
+    return Survey(network).stages
 
 
 def _torchvision_network(name: str) -> nn.Module:

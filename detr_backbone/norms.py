@@ -13,6 +13,7 @@ Norm: TypeAlias = Literal["frozen", "batch", "sync", "group"]
 
 GROUPS = 32
 """Of a GroupNorm that stands in for a BatchNorm: the default of arXiv 1803.08494, section 4.1."""
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FUSED = {"drop", "act"}  # the children of timm's BatchNormAct2d, in the order in which it calls them
 
 
@@ -52,8 +53,8 @@ def freeze_batch_norm(network: nn.Module) -> nn.Module:
         `network`.
 
     Raises:
-        ConfigError: a BatchNorm keeps no statistics, normalises something else than maps, or it is not known what it
-            does besides; the message names the layer.
+        ConfigError: a BatchNorm keeps no statistics, or it is not known what it does besides; the message names the
+            layer.
 
     >>> freeze_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3)))[1]
     FrozenBatchNorm2d(8, eps=0.001)
@@ -91,7 +92,7 @@ def convert_batch_norm(network: nn.Module, norm_of: Callable[[str], Norm]) -> nn
         network: with BatchNorm as its library builds it.
         norm_of: path of a BatchNorm -> what stands there afterwards. "frozen" keeps statistics and affine parameters;
             "batch" leaves the layer; "sync" makes it SyncBatchNorm, statistics and parameters kept; "group" makes it a
-            fresh GroupNorm of 32 groups.
+            GroupNorm of 32 groups with its scale and shift, and refuses statistics that data has moved.
 
     Returns:
         `network`.
@@ -142,14 +143,26 @@ def _grouped(norm: _BatchNorm, path: str) -> nn.Module:
         raise ConfigError(
             f"`norm: group` needs channels that {GROUPS} divides (arXiv 1803.08494), got {norm.num_features} at {path}"
         )
-    return GroupNormAct(GROUPS, norm.num_features, **fused) if fused else nn.GroupNorm(GROUPS, norm.num_features)
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is not None and variance is not None and not mean.is_meta and (mean.any() or (variance != 1).any()):
+        raise ConfigError(
+            f"`norm: group` has no place for the statistics of a BatchNorm that has seen data, got {path} ({norm})"
+        )
+    grouped = (
+        GroupNormAct(GROUPS, norm.num_features, **fused) if fused else nn.GroupNorm(GROUPS, norm.num_features)
+    ).train(norm.training)
+    if norm.affine:
+        grouped.weight, grouped.bias = norm.weight, norm.bias
+    else:
+        grouped.register_parameter("weight", None)
+        grouped.register_parameter("bias", None)
+        grouped.affine = False
+    return grouped
 
 
 def _fused(norm: _BatchNorm, path: str) -> dict[str, nn.Module]:
     """What a layer does after BatchNorm, by name; empty for torch's own layers."""
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        raise ConfigError(f"a BatchNorm must be one of maps to be replaced, got {type(norm).__name__} at {path}")
     fused = dict(norm.named_children())
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and fused.keys() != _FUSED:
+    if type(norm) not in _PLAIN and not (isinstance(norm, _PLAIN) and fused.keys() == _FUSED):
         raise ConfigError(f"it is not known what {type(norm).__name__} does besides BatchNorm, at {path} ({norm})")
     return fused

@@ -139,14 +139,15 @@ def measure(body: nn.Module, *, prefix_tokens: int = 0) -> Measured:
 
 
 def _rounds_up(body: nn.Module, layouts: Mapping[str, Layout]) -> bool:
+    if any(layout.axes == "NLC" for layout in layouts.values()):
+        return False
     odd = (PROBE[0] - 31, PROBE[1] - 31)
     try:
         outputs = on_meta(body, odd)
     except ConfigError:
         return False
     return all(
-        layout.axes != "NLC"
-        and tuple(as_map(outputs[name], layout, odd).shape[-2:]) == valid_sizes([odd], layout.stride)[0]
+        tuple(as_map(outputs[name], layout, odd).shape[-2:]) == valid_sizes([odd], layout.stride)[0]
         for name, layout in layouts.items()
     )
 

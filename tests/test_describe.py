@@ -246,6 +246,17 @@ def test_a_getter_that_runs_its_model_gets_its_mode_back() -> None:
     assert rows["cut"].call == 0  # the getter leaves the forward before
 
 
+def test_a_getter_that_runs_a_graph_shows_the_layers_inside_of_its_bare_modules() -> None:
+    stages = nn.Sequential(nn.Conv2d(1, 2, 2, stride=2), nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()))
+    getter = IntermediateLayerGetter(nn.Sequential(OrderedDict(stages=stages, head=nn.ReLU())), ["stages.1"])
+    assert getter.strategy == "graph"
+
+    assert [(row.path, row.call) for row in describe(getter, (8, 8), passes=1).rows] == [
+        ("stages.0", 1),
+        ("stages.1", 1),
+    ]
+
+
 def test_a_backbone_alone_is_its_own_first_row() -> None:
     network = nn.Sequential(OrderedDict(stem=nn.Conv2d(1, 2, 2, stride=2), stage=nn.Conv2d(2, 3, 2, stride=2)))
     backbone = BackboneBase(network, return_layers=["stage"], train_layers=["stage"], padding="zeros")

@@ -8,8 +8,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from detr_backbone import Backbone, FrozenBatchNorm2d, Joiner, PositionEmbeddingSine, calibrate_frozen_batch_norm
+from detr_backbone import (
+    Backbone,
+    BackboneBase,
+    FrozenBatchNorm2d,
+    Joiner,
+    PositionEmbeddingSine,
+    calibrate_frozen_batch_norm,
+)
 from detr_backbone.errors import NumericsError
+from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 
 
 def trained_batch_norm(channels: int = 6, eps: float = 1e-3) -> nn.BatchNorm2d:
@@ -120,6 +128,27 @@ def test_calibration_does_not_count_padding() -> None:
     cells = torch.cat([features.flatten(1) for features in convolved], dim=1)
     torch.testing.assert_close(stem.bn1.running_mean, cells.mean(dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stem.bn1.running_var, cells.var(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_counts_every_token_where_a_norm_takes_no_map() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 96, 32, stride=32)  # 96 channels pass for the 16 + 8 x 10 tokens of the probe
+            self.norm = FrozenBatchNorm2d(96)
+            self.last = nn.Conv2d(96, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x)
+            return self.last(self.norm(x.flatten(2)).unflatten(2, x.shape[2:]))
+
+    backbone = BackboneBase(Tokens(), return_layers=["last"], train_layers=[], padding="zeros")
+    batch = nested_tensor_from_tensor_list([torch.rand(3, 64, 64), torch.rand(3, 32, 64)])
+    calibrate_frozen_batch_norm(backbone, [batch])
+
+    with torch.no_grad():
+        expected = backbone.body.patches(batch.tensors).mean((0, 2, 3))
+    torch.testing.assert_close(backbone.body.norm.running_mean, expected)
 
 
 def test_a_calibrated_random_network_keeps_its_features_in_scale() -> None:

@@ -49,6 +49,17 @@ def test_a_frozen_layer_computes_what_the_layer_computes_in_eval_mode(norm: nn.M
     assert {"weight", "bias", "running_mean", "running_var"} == dict(frozen[1].named_buffers()).keys()
 
 
+@pytest.mark.parametrize(
+    ("norm", "shape"), [(nn.BatchNorm1d, (2, 6, 9)), (nn.BatchNorm1d, (4, 6)), (nn.BatchNorm3d, (2, 6, 3, 4, 5))]
+)
+def test_a_norm_of_tokens_or_volumes_is_frozen_too(norm: type[nn.Module], shape: tuple[int, ...]) -> None:
+    network = trained(norm(6, eps=1e-3))
+    x = torch.randn(shape)
+    expected = network(x)
+
+    torch.testing.assert_close(freeze_batch_norm(network).train()(x), expected, rtol=0, atol=1e-6)
+
+
 def test_a_layer_in_two_places_stays_one_layer() -> None:
     norm = nn.BatchNorm2d(3)
     network = freeze_batch_norm(nn.Sequential(norm, nn.ReLU(), norm))
@@ -65,8 +76,6 @@ class Doubled(nn.BatchNorm2d):
     ("norm", "message"),
     [
         (nn.BatchNorm2d(4, track_running_stats=False), "without running statistics cannot be frozen, got 1 "),
-        (nn.BatchNorm1d(4), "must be one of maps to be replaced, got BatchNorm1d at 1"),
-        (nn.BatchNorm3d(4), "must be one of maps to be replaced, got BatchNorm3d at 1"),
         (Doubled(4), "it is not known what Doubled does besides BatchNorm, at 1"),
     ],
 )
@@ -121,6 +130,39 @@ def test_group_norm_has_32_groups_and_keeps_a_fused_activation() -> None:
     x = torch.randn(2, 64, 5, 7)
 
     torch.testing.assert_close(network(x), nn.functional.silu(nn.functional.group_norm(x, 32)))
+
+
+def test_group_norm_keeps_the_scale_and_shift_that_a_network_begins_with() -> None:
+    plain = nn.BatchNorm2d(64)
+    nn.init.zeros_(plain.weight)  # as the last norm of a residual block begins in many networks
+    nn.init.normal_(plain.bias)
+    bias = plain.bias.clone()
+    grouped = convert_batch_norm(nn.Sequential(plain, nn.BatchNorm2d(32, affine=False)), lambda _: "group")
+
+    assert not grouped[0].weight.any()
+    assert torch.equal(grouped[0].bias, bias)
+    assert not list(grouped[1].parameters())
+
+
+def test_statistics_that_data_has_moved_are_not_thrown_away_for_group_norm() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32))
+    network(torch.rand(2, 3, 4, 4))
+
+    with pytest.raises(ConfigError, match="no place for the statistics of a BatchNorm that has seen data, got 1 "):
+        convert_batch_norm(network, lambda _: "group")
+
+
+def test_sync_batch_norm_keeps_weights_and_statistics() -> None:
+    network = trained(nn.BatchNorm2d(6, eps=1e-3))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    x = torch.randn(2, 6, 5, 7)
+    expected = network(x)
+
+    synchronised = convert_batch_norm(network, lambda _: "sync")
+
+    assert isinstance(synchronised[1], nn.SyncBatchNorm)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in synchronised.state_dict().items())
+    torch.testing.assert_close(synchronised(x), expected)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

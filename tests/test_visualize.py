@@ -100,7 +100,7 @@ def test_attention_is_brightest_where_its_weight_is() -> None:
     look[0, 0, 3] = 0.4
     panel = only_panel(draw_attention(BLACK, look, boxes=BOX, captions=["query"], title="layer", columns=1))
 
-    assert share_of(panel[:200, 630:], [round(0.9 * part) for part in HIGH]) > 0.99
+    assert share_of(panel[:200, 630:], [round(0.65 * part) for part in HIGH]) > 0.99
     assert share_of(panel[:200, :600], 0) > 0.99
     assert share_of(panel[300:500, 320:340], [86, 180, 233]) > 0.03  # left side of the box
 

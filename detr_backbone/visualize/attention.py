@@ -37,7 +37,7 @@ def draw_attention(
     extent = (0.0, float(picture.width), float(picture.height), 0.0)
     for panel, look, box in zip(panels.axes, maps.double().cpu().numpy(), boxes, strict=True):
         share = look / max(look.max(), 1e-12)
-        heat = np.dstack([_WEIGHTS(share)[..., :3], 0.9 * share**0.5])
+        heat = np.dstack([_WEIGHTS(share)[..., :3], 0.65 * share**0.5])
         panel.imshow(dimmed, extent=extent, aspect="auto")
         panel.imshow(heat, extent=extent, interpolation="nearest", aspect="auto")
         _draw_box(panel, box, picture)
