@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr, ndtri
 
 from detr_backbone.coco.average_precision import STATS, Numbers, average_precision
 from detr_backbone.coco.matching import Matches
@@ -252,6 +251,8 @@ def _in_two_images(matches: Matches) -> npt.NDArray[np.bool_]:
 
 def _interval(estimate: float, drawn: Numbers, level: float, *, least: float = 0) -> Interval:
     """Estimate - bias ± z · spread within [least, 1], over the halves that have objects to find."""
+    from scipy.special import ndtri
+
     bias, spread = _bias_and_spread(estimate, drawn)
     half = float(ndtri((1 + level) / 2)) * spread
     low, high = (min(max(estimate - bias + side, least), 1) for side in (-half, half))
@@ -259,6 +260,8 @@ def _interval(estimate: float, drawn: Numbers, level: float, *, least: float = 0
 
 
 def _p_value(estimate: float, drawn: Numbers) -> float:
+    from scipy.special import ndtr
+
     bias, spread = _bias_and_spread(estimate, drawn)
     if spread == 0:
         return 1.0 if estimate == 0 else math.nan
