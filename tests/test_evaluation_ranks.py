@@ -79,7 +79,8 @@ def test_three_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (3, port, tmp_path, images), nprocs=3)
+    multiprocessing.set_forkserver_preload(["torchvision", "accelerate", "detr_backbone.training"])  # once for all
+    multiprocessing.start_processes(worker, (3, port, tmp_path, images), nprocs=3, start_method="forkserver")
 
     for count in images:
         expected, evaluator = numbers(make_dataset(tmp_path, count))
