@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
 
 from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
@@ -178,6 +177,8 @@ class Backbone(BackboneBase):
         channels_last: bool = True,
         checkpointed_layers: Sequence[str] = (),
     ) -> None:
+        from torchvision.models.resnet import ResNet
+
         network = build_network(name, dilation=dilation, in_channels=in_channels)
         survey = Survey(network)
         return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.input_channels import first_convolution
@@ -26,15 +25,18 @@ _SIZES: tuple[Size, ...] = ((33, 50), (96, 80))
 """The first has odd sides at most strides up to 32, the second even ones: what depends on parity shows too."""
 _TOLERANCE = 1e-6
 """Of the largest feature: float64 rounds less than 1e-12 of it, and padding that gets through changes some per cent."""
-_RESNET = (
-    *(ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d),
+_LAYERS_OF_RESNET = (
+    *(nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d),
     *(nn.AdaptiveAvgPool2d, nn.Linear),  # the head, which no backbone runs
 )
 
 
 def is_plain_resnet(network: nn.Module) -> bool:
     """Whether a network is a ResNet of torchvision as it is built: known to be exact, so that no trial is needed."""
-    return type(network) is ResNet and all(type(module) in _RESNET for module in network.modules())
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    known = (ResNet, BasicBlock, Bottleneck, *_LAYERS_OF_RESNET)
+    return type(network) is ResNet and all(type(module) in known for module in network.modules())
 
 
 def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str | None:

@@ -10,9 +10,7 @@ from functools import cached_property, partial
 from itertools import count
 from typing import Any, cast
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.input_channels import adapt_input
@@ -56,11 +54,14 @@ def build_network(name: str, *, dilation: bool = False, in_channels: int = 3) ->
     Raises:
         ConfigError: there is no such model, timm is not installed, or the network cannot have an option.
     """
+    from torchvision.models import get_model
+    from torchvision.models.resnet import Bottleneck, ResNet
+
     network = _timm_network(name.removeprefix(TIMM)) if name.startswith(TIMM) else _torchvision_network(name)
     if dilation:
         if not isinstance(network, ResNet) or not isinstance(network.layer4[0], Bottleneck):
             raise ConfigError(f"`dilation` needs Bottleneck blocks, which {name} lacks; use a ResNet from resnet50 on")
-        network = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=[False, False, True])
+        network = get_model(name, weights=None, replace_stride_with_dilation=[False, False, True])
     if in_channels != 3:
         adapt_input(network, in_channels)
     return network
@@ -132,6 +133,8 @@ class Survey:
         return [path for path in after if path.rpartition(".")[0] not in after]
 
     def _default_levels(self) -> list[str]:
+        from torchvision.models.resnet import ResNet
+
         if isinstance(self._network, ResNet):
             return ["layer1", "layer2", "layer3", "layer4"]
         if not self.stages or self.stages[-1].stride < 4:
@@ -152,11 +155,13 @@ def stages(network: nn.Module) -> list[Stage]:
 
 
 def _torchvision_network(name: str) -> nn.Module:
-    known = torchvision.models.list_models(torchvision.models)
+    from torchvision import models
+
+    known = models.list_models(models)
     if name not in known:
         raise ConfigError(f"`name` must be a model of torchvision, or timm/NAME: {_unknown_model(name, known)}")
     options: dict[str, Any] = {"init_weights": False} if name in _SLOW_TO_DRAW else {}
-    return cast(nn.Module, torchvision.models.get_model(name, weights=None, **options))
+    return cast(nn.Module, models.get_model(name, weights=None, **options))
 
 
 def _timm_network(name: str) -> nn.Module:

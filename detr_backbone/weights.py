@@ -13,7 +13,6 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
 
 from detr_backbone.errors import WeightsError
 from detr_backbone.input_channels import adapt_input_weight, first_convolution
@@ -134,6 +133,8 @@ def download(url: str, folder: Path) -> Path:
 
 
 def _find(weights: str, name: str) -> Path:
+    from torchvision.models import get_model_weights
+
     path = Path(weights)
     if path.is_file():
         return path

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from detr_backbone import IntermediateLayerGetter, describe, nested_tensor_from_tensor_list
@@ -26,7 +25,6 @@ from detr_backbone.training import (
     picture_files,
     plain_errors,
 )
-from detr_backbone.visualize import draw_attention, draw_feature_maps, draw_levels, draw_sampling_points
 
 
 @torch.no_grad()
@@ -52,6 +50,10 @@ def main(
         queries: queries to draw for each picture, those of the highest score.
         output: a folder for the table (layers.csv, layers.json) and the drawings; without one, the table is shown only.
     """
+    from rich.console import Console
+
+    from detr_backbone.visualize import draw_feature_maps
+
     if (checkpoint is None) == (config is None) or min(limit, queries) < 1:
         raise ConfigError("give --checkpoint or --config, and at least 1 as --limit and --queries")
     model, settings, names = _trained(checkpoint) if checkpoint is not None else _untrained(str(config))
@@ -111,6 +113,8 @@ def _pictures(images: Sequence[str] | str | None, limit: int) -> dict[str, Image
 
 
 def _draw_levels(model: DETR | DeformableDETR, images: Sequence[Tensor]) -> Image.Image:
+    from detr_backbone.visualize import draw_levels
+
     first = images[0]
     if len({image.shape for image in images}) == 1:  # nothing would be padded: show a part of it beside it
         images = [first, first[:, : first.shape[1] * 3 // 4, : first.shape[2] // 2]]
@@ -129,6 +133,8 @@ def _feature_maps(model: DETR | DeformableDETR, image: Tensor, paths: Sequence[s
 def _draw_queries(
     model: DETR | DeformableDETR, image: Tensor, picture: Image.Image, names: Sequence[str], *, count: int, what: str
 ) -> Image.Image:
+    from detr_backbone.visualize import draw_attention, draw_sampling_points
+
     decoder = model.transformer.decoder
     with record_attention(decoder) as attention, record_samples(decoder) as samples:
         outputs = model([image])

@@ -9,7 +9,6 @@ from detr_backbone.coco.images import read_image
 from detr_backbone.detectors import build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import detector_of, load_checkpoint, parse_options, picture_files, plain_errors, predict
-from detr_backbone.visualize import draw_detections
 
 
 def main(*, checkpoint: str, images: str, output: str, threshold: float = 0.5, limit: int | None = None) -> None:
@@ -22,6 +21,8 @@ def main(*, checkpoint: str, images: str, output: str, threshold: float = 0.5, l
         threshold: detections with a lower score are left out, 0 to 1.
         limit: pictures to take, in the order of their names; all if left out.
     """
+    from detr_backbone.visualize import draw_detections
+
     loaded = load_checkpoint(checkpoint)
     model, config = detector_of(loaded)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "detr_backbone"
+from tests.conftest import ROOT, Command
+
+PACKAGE = ROOT / "detr_backbone"
 
 COMPONENT = {
     "__init__",
@@ -96,3 +98,13 @@ def test_pickle_never_crosses_ranks_and_no_loader_falls_back() -> None:
         assert "import pickle" not in text
         assert "all_gather_object" not in text
         assert "weights_only=False" not in text
+
+
+def test_a_script_starts_without_what_only_its_work_needs(process: Command, tmp_path: Path) -> None:
+    """`--help` and most errors come before it; torchvision alone, which loads torch's compiler, doubles their time."""
+    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py") if not path.stem.startswith("benchmark")]
+    read = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]; print(*sys.modules)"
+    loaded = process(tmp_path, "-c", read, *scripts).stdout.split()
+
+    assert "detr_backbone.training.engine" in loaded
+    assert {"torchvision", "torch._dynamo", "scipy", "accelerate", "rich", "matplotlib"} & set(loaded) == set()

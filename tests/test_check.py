@@ -1,9 +1,6 @@
 """A sweep of a whole dataset, as a command, as a table and as JSON."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,8 +10,7 @@ from detr_backbone.coco.check import check_split
 from detr_backbone.coco.check_report import DataReport
 from detr_backbone.coco.findings import KINDS, DataPolicies
 from detr_backbone.coco.shapes import draw_shapes
-
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT, Command
 
 
 @pytest.fixture
@@ -29,21 +25,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
 def report(folder: Path, split: str = "train", *, segmentations: bool = False, **policies: Any) -> DataReport:
     paths = folder / "shapes" / split, folder / "shapes" / "annotations" / f"instances_{split}.json"
     splits = [check_split(*paths, workers=1)]
     return DataReport(splits=splits, policies=DataPolicies(**policies), segmentations=segmentations)
 
 
-def test_the_command_names_every_fault_and_fails_on_errors(folder: Path) -> None:
+def test_the_command_names_every_fault_and_fails_on_errors(process: Command, folder: Path) -> None:
     annotations = "shapes/annotations/instances_train.json"
-    result = run(folder, "--images", "shapes/train", "--annotations", annotations, "--output", "report.json")
+    options = ("--images", "shapes/train", "--annotations", annotations, "--output", "report.json")
+    result = process(folder, str(ROOT / "scripts" / "check_data.py"), *options)
 
     assert result.returncode == 2, result.stderr
     assert "error    data         1  unknown_category: annotation of an unknown category\n" in result.stdout
@@ -55,7 +46,7 @@ def test_the_command_names_every_fault_and_fails_on_errors(folder: Path) -> None
     assert first["examples"][0]["where"] == f"file={annotations} ann_id=1 key=category_id"
 
 
-def test_the_command_takes_splits_policies_and_queries_from_a_configuration(folder: Path) -> None:
+def test_the_command_takes_splits_policies_and_queries_from_a_configuration(script: Command, folder: Path) -> None:
     (folder / "x.yaml").write_text(
         """
         detector: {num_queries: 1}
@@ -65,7 +56,7 @@ def test_the_command_takes_splits_policies_and_queries_from_a_configuration(fold
           val: {images: shapes/val, annotations: shapes/annotations/instances_val.json}
         """
     )
-    result = run(folder, "--config", "x.yaml")
+    result = script(folder, "check_data.py", "--config", "x.yaml")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "warning  train        1  unknown_category: annotation of an unknown category; dropped\n" in result.stdout
@@ -73,8 +64,8 @@ def test_the_command_takes_splits_policies_and_queries_from_a_configuration(fold
     assert "training takes this dataset" in result.stdout
 
 
-def test_the_command_needs_a_dataset(folder: Path) -> None:
-    result = run(folder, "--images", "shapes/train")
+def test_the_command_needs_a_dataset(script: Command, folder: Path) -> None:
+    result = script(folder, "check_data.py", "--images", "shapes/train")
 
     assert result.returncode == 1
     assert "error: give --images and --annotations, or --config" in result.stderr

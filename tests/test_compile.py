@@ -9,6 +9,8 @@ from detr_backbone.detectors.build import DetectorConfig, build_detector
 from detr_backbone.detectors.deformable_attention import MSDeformAttn
 from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 
+pytestmark = pytest.mark.no_cover  # which would watch every line of torch's compiler too, for as long again
+
 CASES = {
     "detr": {"name": "detr"},
     "deformable": {"name": "deformable_detr", "num_feature_levels": 3},

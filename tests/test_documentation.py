@@ -3,13 +3,12 @@
 import doctest
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT, Command
+
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -48,22 +47,23 @@ def test_every_page_and_every_recipe_is_listed() -> None:
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"configs/{path.name}" not in readme] == []
 
 
-def scripts() -> list[tuple[str, frozenset[str]]]:
-    """Each script that a page calls, and the options it gives it."""
-    calls = []
+def scripts() -> dict[str, set[str]]:
+    """The scripts that the pages call, each with all options it is given."""
+    options: dict[str, set[str]] = {}
     for command in (command for page in PAGES for command in commands_of(page)):
         words = shlex.split(command, comments=True)
         if words[:1] == ["python"] and words[1].startswith("scripts/"):
-            calls.append((words[1], frozenset(word.partition("=")[0] for word in words if word.startswith("--"))))
-    return calls
+            given = {word.partition("=")[0] for word in words if word.startswith("--")}
+            options.setdefault(words[1].removeprefix("scripts/"), set()).update(given)
+    return options
 
 
-@pytest.mark.parametrize(("script", "options"), scripts())
-def test_every_script_has_the_options_that_it_is_given(script: str, options: frozenset[str]) -> None:
-    command = [sys.executable, str(ROOT / script), "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+@pytest.mark.parametrize(("name", "options"), scripts().items())
+def test_every_script_has_the_options_that_it_is_given(script: Command, name: str, options: set[str]) -> None:
+    shown = script(ROOT, name, "--help")
 
-    assert options <= set(re.findall(r"--[a-z0-9_.]+", shown))
+    assert shown.returncode == 0
+    assert options <= set(re.findall(r"--[a-z0-9_.]+", shown.stdout))
 
 
 def test_the_continuous_integration_installs_and_tests_as_readme_says() -> None:

@@ -82,7 +82,10 @@ def test_several_processes_give_the_numbers_of_one(tmp_path: Path, processes: in
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (processes, port, tmp_path, images), nprocs=processes)
+    multiprocessing.set_forkserver_preload(["torchvision", "accelerate", "detr_backbone.training"])  # once for all
+    multiprocessing.start_processes(
+        worker, (processes, port, tmp_path, images), nprocs=processes, start_method="forkserver"
+    )
 
     for count in images:
         expected, evaluator = numbers(make_dataset(tmp_path, count))

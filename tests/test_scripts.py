@@ -1,19 +1,16 @@
 """The commands that README shows, run as a user runs them."""
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
+from tests.conftest import ROOT, Command
 
-ROOT = Path(__file__).parents[1]
-Command = Callable[..., subprocess.CompletedProcess[str]]
+SCRIPTS = ROOT / "scripts"
 TINY = """
 detector:
   name: deformable_detr
@@ -44,21 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command(folder: Path) -> Command:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def training(command: Command) -> subprocess.CompletedProcess[str]:
+def training(process: Command, folder: Path) -> subprocess.CompletedProcess[str]:
     """A run of one epoch in two processes, in bfloat16."""
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    return command(*launch, str(ROOT / "scripts" / "train.py"), "--config", "tiny.yaml", "--mixed_precision", "bf16")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPTS / "train.py"))
+    return process(folder, *launch, "--config", "tiny.yaml", "--mixed_precision", "bf16")
 
 
 @pytest.fixture(scope="session")
@@ -73,10 +59,9 @@ def test_two_processes_share_the_images_and_one_of_them_speaks(training: subproc
     assert training.stdout.count("images 5 of 5") == 1
 
 
-def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(command: Command, trained: Path, folder: Path) -> None:
-    result = command(
-        str(ROOT / "scripts" / "evaluate.py"), "--checkpoint", str(trained), "--output", "evaluation", "--report", "r"
-    )
+def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(process: Command, trained: Path, folder: Path) -> None:
+    options = ("--checkpoint", str(trained), "--output", "evaluation", "--report", "r")
+    result = process(folder, str(SCRIPTS / "evaluate.py"), *options)
 
     assert result.returncode == 0, result.stderr
     numbers = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
@@ -89,22 +74,22 @@ def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(command: Command,
     assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"}
 
 
-def test_an_untrained_detector_can_be_evaluated_and_says_so(command: Command, folder: Path) -> None:
-    result = command(str(ROOT / "scripts" / "evaluate.py"), "--config", "tiny.yaml")
+def test_an_untrained_detector_can_be_evaluated_and_says_so(script: Command, folder: Path) -> None:
+    result = script(folder, "evaluate.py", "--config", "tiny.yaml")
 
     assert result.returncode == 0, result.stderr
     assert "this detector is untrained" in result.stdout
     assert "images 5 of 5" in result.stdout
 
 
-def test_detections_of_any_detector_can_be_evaluated_and_reported(command: Command, folder: Path) -> None:
+def test_detections_of_any_detector_can_be_evaluated_and_reported(script: Command, folder: Path) -> None:
     truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     keys = ("image_id", "category_id", "bbox")
     found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     data = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
     options = ("--detections", "found.json", "--report", "report", "--output", "again", "--intervals", "20")
-    result = command(str(ROOT / "scripts" / "evaluate.py"), *options, *data)
+    result = script(folder, "evaluate.py", *options, *data)
 
     assert result.returncode == 0, result.stderr
     assert "AP        100.0 [" in result.stdout
@@ -114,7 +99,7 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(command: Comma
     assert sorted(map(str, again)) == sorted(map(str, found))
 
 
-def test_two_detectors_are_compared(command: Command, folder: Path) -> None:
+def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
     truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     keys = ("image_id", "category_id", "bbox")
     found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
@@ -122,7 +107,7 @@ def test_two_detectors_are_compared(command: Command, folder: Path) -> None:
     (folder / "none.json").write_text("[]", encoding="utf-8")
     options = ("--a", "none.json", "--b", "all.json", "--resamples", "20", "--output", "comparison.json")
     annotations = ("--annotations", "shapes/annotations/instances_val.json")
-    result = command(str(ROOT / "scripts" / "compare.py"), *annotations, *options)
+    result = process(folder, str(SCRIPTS / "compare.py"), *annotations, *options)
 
     assert result.returncode == 0, result.stderr
     assert "A none.json\nB all.json\n5 images, 20 resamples\n" in result.stdout
@@ -131,9 +116,9 @@ def test_two_detectors_are_compared(command: Command, folder: Path) -> None:
     assert comparison["resamples"] == 20
 
 
-def test_predictions_are_written_as_json_and_pictures(command: Command, trained: Path, folder: Path) -> None:
+def test_predictions_are_written_as_json_and_pictures(process: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "2", "--threshold", "0.0", "--output", "found")
-    result = command(str(ROOT / "scripts" / "predict.py"), "--checkpoint", str(trained), *options)
+    result = process(folder, str(SCRIPTS / "predict.py"), "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
     predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))
@@ -143,17 +128,17 @@ def test_predictions_are_written_as_json_and_pictures(command: Command, trained:
         assert picture.size == (448, 448)  # 64 pixels, enlarged to be legible
 
 
-def test_a_subset_is_written_and_evaluated(command: Command, trained: Path, folder: Path) -> None:
+def test_a_subset_is_written_and_evaluated(process: Command, trained: Path, folder: Path) -> None:
     source = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
     chosen = ("--count", "2", "--categories", "star", "1", "rectangle", "--output", "two")
-    written = command(str(ROOT / "scripts" / "make_subset.py"), *source, *chosen)
+    written = process(folder, str(SCRIPTS / "make_subset.py"), *source, *chosen)
 
     assert written.returncode == 0, written.stderr
     manifest = json.loads((folder / "two" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["options"]["categories"] == ["star", 1, "rectangle"]
     assert len(list((folder / "two" / "val").iterdir())) == manifest["images"] == 2
     options = ("--subset.count", "2", "--subset.categories", "[star, 1, rectangle]", "--output", "evaluated")
-    result = command(str(ROOT / "scripts" / "evaluate.py"), "--checkpoint", str(trained), *options)
+    result = process(folder, str(SCRIPTS / "evaluate.py"), "--checkpoint", str(trained), *options)
     assert result.returncode == 0, result.stderr
     ids = manifest["image_ids_sha256"]
     words = f"2 of 5 images (with star or 1 or rectangle, seed 0, ids sha256 {ids[:12]})"
@@ -163,9 +148,9 @@ def test_a_subset_is_written_and_evaluated(command: Command, trained: Path, fold
     assert (numbers["images"], numbers["subset"], numbers["image_ids_sha256"]) == (2, words, ids)
 
 
-def test_a_look_inside_is_a_table_and_drawings(command: Command, trained: Path, folder: Path) -> None:
+def test_a_look_inside_is_a_table_and_drawings(process: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "1", "--queries", "2", "--output", "look")
-    result = command(str(ROOT / "scripts" / "inspect_backbone.py"), "--checkpoint", str(trained), *options)
+    result = process(folder, str(SCRIPTS / "inspect_backbone.py"), "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
     assert "trained deformable_detr on 000001" in result.stdout
@@ -176,10 +161,10 @@ def test_a_look_inside_is_a_table_and_drawings(command: Command, trained: Path, 
     assert drawings == {"levels", "000001.queries", "000001.backbone.0.body.layer4"}
 
 
-def test_an_untrained_detr_can_be_looked_at_layer_by_layer(command: Command, folder: Path) -> None:
+def test_an_untrained_detr_can_be_looked_at_layer_by_layer(script: Command, folder: Path) -> None:
     (folder / "detr.yaml").write_text(TINY.replace("deformable_detr", "detr"), encoding="utf-8")
     options = ("--layers", "[backbone.0.body.layer1.0, transformer.decoder]", "--limit", "1", "--output", "untrained")
-    result = command(str(ROOT / "scripts" / "inspect_backbone.py"), "--config", "detr.yaml", *options)
+    result = script(folder, "inspect_backbone.py", "--config", "detr.yaml", *options)
 
     assert result.returncode == 0, result.stderr
     assert "untrained detr on shapes000001" in result.stdout
@@ -200,8 +185,10 @@ def test_an_untrained_detr_can_be_looked_at_layer_by_layer(command: Command, fol
         (("inspect_backbone.py", "--config", "tiny.yaml", "--layers", "layer4"), "there is 'backbone.0.body.layer4'"),
     ],
 )
-def test_a_command_that_cannot_run_says_why(command: Command, words: tuple[str, ...], message: str) -> None:
-    result = command(str(ROOT / "scripts" / words[0]), *words[1:])
+def test_a_command_that_cannot_run_says_why(
+    script: Command, folder: Path, words: tuple[str, ...], message: str
+) -> None:
+    result = script(folder, *words)
 
     assert result.returncode != 0
     assert message in result.stderr

@@ -298,6 +298,7 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all() -> None:
     assert (model.weight.grad.item(), model.bias.grad.item()) == pytest.approx((0.3, 0.4), rel=1e-5)
 
 
+@pytest.mark.no_cover  # which would watch every line of torch's compiler too
 def test_a_compiled_run_has_few_graphs_and_an_evaluation(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
 
 from detr_backbone.coco.matching import AREAS, IOU_THRESHOLDS, Matches
 
@@ -144,6 +143,8 @@ def _running_sums(rows: Rows, ends: Rows, images: Rows, weights: Weights) -> npt
 
 def _weighted_sums(rows: Rows, images: Rows, length: int, weights: Weights) -> npt.NDArray[Any]:
     """The weights of `images`, summed by `rows` 0 .. length - 1: [length, B]."""
+    from scipy.sparse import csr_array
+
     order = np.argsort(rows, kind="stable")
     starts = np.searchsorted(rows[order], np.arange(length + 1))
     ones = np.ones(len(rows), dtype=weights.dtype)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from detr_backbone.coco.annotations import CocoAnnotations, load_annotations, refuse
 from detr_backbone.coco.boxes import MOVED_TOLERANCE, clip
@@ -99,10 +98,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._boxes, self._labels = clipped.boxes[keep], self.annotations.labels[keep]
         self._ends = np.searchsorted(self.annotations.image_index[keep], np.arange(len(self) + 1))
 
+        import torchvision  # noqa: F401 - once here, and not in every worker of a DataLoader
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        from torchvision import tv_tensors
+
         height, width = self.annotations.sizes[index].tolist()
         path = self._images / str(self.annotations.file_names[index])
         picture = read_image(path, size=(height, width), image_id=self.image_ids[index])

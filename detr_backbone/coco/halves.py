@@ -21,7 +21,6 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln
 
 from detr_backbone.coco.average_precision import Numbers, Resampled, Weights
 
@@ -152,5 +151,7 @@ def _too_high(images: Rows) -> Numbers:
 
 
 def _log_choices(of: int, drawn: Rows) -> Numbers:
+    from scipy.special import gammaln
+
     result: Numbers = gammaln(of + 1) - gammaln(drawn + 1) - gammaln(of - drawn + 1)
     return result

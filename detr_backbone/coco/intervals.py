@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 from detr_backbone.coco.average_precision import STATS, Resampled, Weights, average_precision
 from detr_backbone.coco.halves import Rows, spreads_of
@@ -225,12 +224,16 @@ def _interval(
     estimate: float, bias: float, spread: float, freedom: float, *, level: float, least: float = 0
 ) -> Interval:
     """Estimate - bias ± t · spread within [least, 1]."""
+    from scipy.special import stdtrit
+
     half = float(stdtrit(freedom, (1 + level) / 2)) * spread if spread else 0.0
     low, high = (min(max(estimate - bias + side, least), 1) for side in (-half, half))
     return Interval(estimate=estimate, low=low, high=high)
 
 
 def _p_value(estimate: float, bias: float, spread: float, freedom: float) -> float:
+    from scipy.special import stdtr
+
     if spread == 0:
         return 1.0 if estimate == 0 else math.nan
     return float(2 * stdtr(freedom, -abs(estimate - bias) / spread))

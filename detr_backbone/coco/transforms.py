@@ -7,16 +7,17 @@ Source: DETR, arXiv 2005.12872, appendix A.4 (scales, random crop), and the size
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from detr_backbone.coco.dataset import Target
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import Size
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class TransformConfig:
                 raise ConfigError(f"`{key}` must be {expected}, got {getattr(self, key)}")
 
 
-def make_transforms(config: TransformConfig, *, train: bool) -> v2.Compose:
+def make_transforms(config: TransformConfig, *, train: bool) -> "v2.Compose":
     """The transforms of a `CocoDetection`: (image, target) in, (float32 [3, h, w] normalised, target) out.
 
     Boxes come out as cxcywh shares of the image. A box that a crop leaves without area goes, and its label with it.
@@ -81,6 +82,8 @@ def make_transforms(config: TransformConfig, *, train: bool) -> v2.Compose:
     >>> image.shape, image.dtype, target["size"], target["boxes"].shape
     (torch.Size([3, 800, 1199]), torch.float32, (800, 1199), torch.Size([1, 4]))
     """
+    from torchvision.transforms import v2
+
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std), finish_target]
     if not train:
         return v2.Compose([ResizeShorterSide((config.eval_size,), config.max_size), *finish])
@@ -124,6 +127,8 @@ class ResizeShorterSide:
     max_size: int | None = None
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        from torchvision.transforms.v2 import functional as F
+
         shorter = self.scales[_random_integer(0, len(self.scales) - 1)]
         size = list(resized_size((image.shape[-2], image.shape[-1]), shorter, self.max_size))
         return F.resize(image, size), {**target, "boxes": F.resize(target["boxes"], size)}
@@ -136,6 +141,8 @@ class RandomCrop:
     sides: tuple[int, int]
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        from torchvision.transforms.v2 import functional as F
+
         low, high = self.sides
         whole = image.shape[-2:]
         height, width = (_random_integer(min(low, side), min(high, side)) for side in whole)
@@ -146,6 +153,9 @@ class RandomCrop:
 
 def finish_target(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Plain tensors; boxes with an area, as cxcywh shares of the image, with their labels; `size` of the image."""
+    from torchvision.ops import box_convert
+    from torchvision.transforms.v2 import functional as F
+
     height, width = image.shape[-2:]
     boxes = F.clamp_bounding_boxes(target["boxes"]).as_subclass(Tensor)  # a resize may round past the edge
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from detr_backbone.detectors.matcher import (
     FOCAL_GAMMA,
@@ -137,6 +136,8 @@ class SetCriterion(nn.Module):
 
     def _label_loss(self, logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
         """[L], for classes [L, B, Q] of which K is "no object"."""
+        from torchvision.ops import sigmoid_focal_loss
+
         if self.focal_alpha is None:
             surprise = F.cross_entropy(logits.movedim(-1, 1), classes, weight=self.class_weight, reduction="none")
             return surprise.sum((1, 2)) / self.class_weight[classes].sum((1, 2))

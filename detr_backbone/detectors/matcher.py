@@ -11,9 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from detr_backbone.errors import NumericsError
 
@@ -126,6 +124,8 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     >>> generalized_iou(torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([[0.25, 0.25, 0.5, 0.5], [1.5, 0.5, 1, 1]]))
     tensor([0.2500, 0.0000])
     """
+    from torchvision.ops import box_convert
+
     boxes, others = box_convert(boxes, "cxcywh", "xyxy"), box_convert(others, "cxcywh", "xyxy")
     (low, high), (other_low, other_high) = boxes.chunk(2, dim=-1), others.chunk(2, dim=-1)
     shared = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(-1)
@@ -142,6 +142,8 @@ def image_name(targets: Sequence[Target], index: int) -> str:
 
 
 def _assign(cost: NDArray[np.float64]) -> Match:
+    from scipy.optimize import linear_sum_assignment
+
     queries, matched = linear_sum_assignment(cost)
     return torch.from_numpy(queries), torch.from_numpy(matched)
 

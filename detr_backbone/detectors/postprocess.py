@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from detr_backbone.errors import NumericsError
 
@@ -60,6 +59,8 @@ class PostProcess(nn.Module):
             ValueError: shapes or `category_ids` do not fit the outputs.
             NumericsError: a prediction is not finite; an evaluator would take a NaN box for a perfect one.
         """
+        from torchvision.ops import box_convert
+
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         sizes = torch.as_tensor(target_sizes, dtype=boxes.dtype, device=boxes.device)
         self._check(logits, boxes, sizes)

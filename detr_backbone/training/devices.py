@@ -1,19 +1,24 @@
 """Where a run computes: the processes and devices that Accelerate finds, checked against what was launched."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from detr_backbone.errors import ConfigError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def build_accelerator(mixed_precision: str = "no") -> Accelerator:
+
+def build_accelerator(mixed_precision: str = "no") -> "Accelerator":
     """The Accelerate of this process, one of those that `torchrun` started, or the only one.
 
     Raises:
         ConfigError: Accelerate joined another number of processes than were launched; each would train for itself.
     """
+    from accelerate import Accelerator
+
     # Left alone on a machine without accelerators, Accelerate does not join the processes of torchrun.
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
     launched = int(os.environ.get("WORLD_SIZE", "1"))

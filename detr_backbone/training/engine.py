@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from typing import TYPE_CHECKING
 
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
@@ -28,6 +26,9 @@ from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import evaluate, without_pretrained
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient, describe_groups
 from detr_backbone.training.progress import Means, RunLog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -52,7 +53,9 @@ def train(config: TrainConfig) -> CocoResult:
         accelerator.free_memory()
 
 
-def _train(config: TrainConfig, accelerator: Accelerator) -> CocoResult:
+def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
+    from accelerate.utils import set_seed
+
     folder = Path(config.output_dir)
     previous = _previous_checkpoint(folder / CHECKPOINT, resume=config.resume)
     train_set = open_split(config.data, config.data.train, train=True)
@@ -128,7 +131,7 @@ def _build_model(config: TrainConfig, *, resumed: bool) -> DETR | DeformableDETR
     return model
 
 
-def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: Accelerator) -> str:
+def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: "Accelerator") -> str:
     """Give the backbone of a new run what it starts from, and say what that is."""
     report = model.backbone[0].weights
     if report is not None:
@@ -181,7 +184,7 @@ def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetect
     return replace(config, detector=replace(config.detector, num_classes=train_set.num_classes))
 
 
-def _images(loader: Loader, count: int, accelerator: Accelerator) -> Iterator[NestedTensor]:
+def _images(loader: Loader, count: int, accelerator: "Accelerator") -> Iterator[NestedTensor]:
     """Batches of images until `count` of them came."""
     for images, _ in loader:
         yield images.to(accelerator.device)

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 from detr_backbone.coco.dataset import CocoDetection, Target
 from detr_backbone.coco.evaluator import CocoEvaluator, CocoResult
@@ -19,6 +18,9 @@ from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 from detr_backbone.training.checkpoint import Checkpoint, load_model
 from detr_backbone.training.config import DataConfig, TrainConfig, config_from_dict
 from detr_backbone.training.data import Loader, eval_loader
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Detections = dict[str, Tensor]
 """`scores` [M], `labels` [M] as the dataset's category ids, `boxes` [M, 4] xyxy in pixels of the original image."""
@@ -37,7 +39,7 @@ def detector_of(checkpoint: Checkpoint) -> tuple[nn.Module, TrainConfig]:
 
 
 def evaluate(
-    model: nn.Module, postprocess: PostProcess, dataset: CocoDetection, config: DataConfig, accelerator: Accelerator
+    model: nn.Module, postprocess: PostProcess, dataset: CocoDetection, config: DataConfig, accelerator: "Accelerator"
 ) -> tuple[CocoResult, CocoEvaluator]:
     """COCO's numbers of a detector on a dataset, the same in every process, and the evaluator with all detections."""
     loader = eval_loader(dataset, config, world_size=accelerator.num_processes, rank=accelerator.process_index)
@@ -84,6 +86,8 @@ def predict(
 
 def model_input(picture: Image.Image, config: TransformConfig) -> Tensor:
     """A picture as a detector takes it in evaluation, float32 [3, h, w]: resized and normalised."""
+    from torchvision import tv_tensors
+
     size = (picture.height, picture.width)
     boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
     target = Target(boxes=boxes, labels=torch.zeros(0), image_id=0, orig_size=size, size=size)
@@ -94,7 +98,7 @@ def model_input(picture: Image.Image, config: TransformConfig) -> Tensor:
 
 @torch.inference_mode()
 def _detections(
-    model: nn.Module, postprocess: PostProcess, loader: Loader, accelerator: Accelerator
+    model: nn.Module, postprocess: PostProcess, loader: Loader, accelerator: "Accelerator"
 ) -> Iterator[tuple[Target, Detections]]:
     model.eval()
     for images, targets in loader:
@@ -108,7 +112,7 @@ def _detections(
         yield from zip(targets, found, strict=True)
 
 
-def _gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
+def _gather(rows: Tensor, accelerator: "Accelerator") -> Tensor:
     """The rows of all processes, which may have different numbers of them, in all processes."""
     if accelerator.num_processes == 1:
         return rows

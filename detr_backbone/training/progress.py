@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from detr_backbone.coco.average_precision import STATS
@@ -51,6 +49,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, is_main: bool) -> None:
+        from rich.console import Console
+
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._path = folder / "metrics.csv" if is_main else None
         self._start = time.monotonic()
@@ -61,16 +61,20 @@ class RunLog:
 
     def steps(self, loader: Loader, means: Means, title: str) -> Iterator[Batch]:
         """The batches of an epoch, with a bar that shows `means` and the time left."""
+        from rich import progress
+
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[means]}"),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[means]}"),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with progress.Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as bar:
             task = bar.add_task(title, total=len(loader), means="")
             for batch in loader:
                 yield batch
