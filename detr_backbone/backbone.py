@@ -258,8 +258,7 @@ class BackboneConfig:
         dilation: DC5, layer4 at the resolution of layer3; only for ResNets of Bottleneck blocks.
         padding: exact, or zeros as in the original code, where an image's features depend on its batch.
         channels_last: the memory format of convolutions, faster on most devices than the other.
-        checkpointed_layers: layers whose inner activations are computed again in the backward pass instead of kept:
-            less memory, more time.
+        checkpointed_layers: layers whose inner activations are computed again in the backward pass, to save memory.
         position_encoding: how positions are encoded.
         hidden_dim: channels of the position encodings, and of the detector that reads them.
     """
