@@ -1,6 +1,7 @@
 """The commands that README shows, run as a user runs them."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -86,13 +87,14 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(script: Comman
     truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     keys = ("image_id", "category_id", "bbox")
     found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
+    found[0]["bbox"][0] += 3  # perfect detections would be the same in every half, and have no interval
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     data = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
     options = ("--detections", "found.json", "--report", "report", "--output", "again", "--intervals", "20")
     result = script(folder, "evaluate.py", *options, *data)
 
     assert result.returncode == 0, result.stderr
-    assert "AP        100.0 [" in result.stdout
+    assert re.search(r"^AP +\d+\.\d \[\d", result.stdout, re.MULTILINE)
     assert "report: report/report.html" in result.stdout
     assert {path.suffix for path in (folder / "report").iterdir()} == {".html", ".md", ".json", ".csv"}
     again = json.loads((folder / "again" / "detections.json").read_text(encoding="utf-8"))

@@ -14,10 +14,11 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from detr_backbone import BackboneConfig
+from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.shapes import draw_shapes
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig, build_detector, build_postprocess
-from detr_backbone.errors import CheckpointError, ConfigError, NumericsError
+from detr_backbone.errors import AnnotationError, CheckpointError, ConfigError, NumericsError
 from detr_backbone.training import (
     DataConfig,
     OptimizerConfig,
@@ -173,6 +174,23 @@ def test_training_and_validation_must_name_their_categories_alike(shapes: Path, 
 
     with pytest.raises(ConfigError, match=r"must have the same categories, got \{1: 'ellipse'"):
         train(replace(config, data=replace(config.data, val=val)))
+
+
+def test_images_with_more_boxes_than_queries_are_counted_or_refused(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(shapes, tmp_path / "run", optimizer=OptimizerConfig(epochs=1))
+    config = replace(config, detector=replace(config.detector, num_queries=1))
+    boxes = open_split(config.data, config.data.train, train=True).boxes_per_image
+    crowded = int((boxes > 1).sum())
+    assert crowded > 0
+    refusing = replace(config.data, policies=DataPolicies(more_boxes_than_queries="error"))
+
+    with pytest.raises(AnnotationError, match=r"more boxes than queries \| where: .* image_id=\d+ .*1 at most"):
+        train(replace(config, data=refusing))
+    with pytest.warns(UserWarning, match="raise `num_queries`"):
+        train(config)
+    assert f"image has more boxes than queries: {crowded}" in capsys.readouterr().out
 
 
 def test_nan_in_the_outputs_of_an_evaluation_names_its_images(run: Path, shapes: Path, tmp_path: Path) -> None:

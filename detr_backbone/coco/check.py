@@ -22,7 +22,7 @@ from detr_backbone.coco.findings import (
     found,
 )
 from detr_backbone.coco.images import examine_image
-from detr_backbone.coco.rules import Content, examine_content
+from detr_backbone.coco.rules import Content, examine_content, more_boxes_than_queries
 from detr_backbone.coco.segmentations import Packer
 from detr_backbone.errors import AnnotationError
 from detr_backbone.nested_tensor import Size
@@ -175,11 +175,7 @@ def _examine_use(content: Content, num_queries: int | None) -> list[Findings]:
         *found("image_crowd_only", (boxes == 0) & (crowds > 0), lambda i: (f"{file} image_id={images.ids[i]}",)),
     ]
     if num_queries is not None:
-        findings += found(
-            "more_boxes_than_queries",
-            boxes > num_queries,
-            lambda i: (f"{file} image_id={images.ids[i]}", f"{boxes[i]} boxes", f"{num_queries} at most"),
-        )
+        findings += more_boxes_than_queries(boxes, images.ids.tolist(), num_queries, file)
     return findings
 
 

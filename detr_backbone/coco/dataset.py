@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -102,6 +103,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def boxes_per_image(self) -> npt.NDArray[np.int64]:
+        """How many boxes the target of each index holds before the transforms, int64 [len(self)]."""
+        return np.diff(self._ends, append=len(self._boxes))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         from torchvision import tv_tensors

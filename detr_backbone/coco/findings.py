@@ -118,7 +118,8 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataPolicies:
-    """What is done about a fault: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box.
+    """What is done about a fault: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box,
+    "warn" only says so.
 
     Whatever is dropped or clamped is counted in the log of the training. A box that is outside, partly outside or
     without area is dropped or clamped for training only: the evaluation takes every box as the file has it.
@@ -139,6 +140,8 @@ class DataPolicies:
         segmentation_far: a polygon that leaves its image by several of its sizes, or is too large to be drawn.
         segmentation_size: a run-length encoding of another size than the image.
         segmentation_counts: a run-length encoding whose runs do not fill its size.
+        more_boxes_than_queries: a training image with more boxes than the detector has queries; "warn" trains on those
+            that fit, and the matcher names every such image once.
     """
 
     unknown_image: Literal["error", "drop"] = "error"
@@ -156,9 +159,10 @@ class DataPolicies:
     segmentation_far: Literal["error", "drop"] = "error"
     segmentation_size: Literal["error", "drop"] = "error"
     segmentation_counts: Literal["error", "drop"] = "error"
+    more_boxes_than_queries: Literal["warn", "error"] = "warn"
 
     def action(self, kind: str) -> str:
-        """What is done about a kind of fault: "error", "drop", "clamp", or "" for what is only told."""
+        """What is done about a kind of fault: "error", "drop", "clamp", "warn", or "" for what is only told."""
         return str(getattr(self, kind, "error" if KINDS[kind].severity == "error" else ""))
 
 

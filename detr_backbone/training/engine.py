@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detr_backbone.coco.annotations import refuse
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.evaluator import CocoResult
 from detr_backbone.coco.findings import KINDS
+from detr_backbone.coco.rules import more_boxes_than_queries
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
@@ -58,8 +60,7 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
 
     folder = Path(config.output_dir)
     previous = _previous_checkpoint(folder / CHECKPOINT, resume=config.resume)
-    train_set = open_split(config.data, config.data.train, train=True)
-    val_set = open_split(config.data, config.data.val, train=False)
+    train_set, val_set = _open_splits(config)
     config = _resolved(config, train_set, val_set)
     log = RunLog(folder, is_main=accelerator.is_main_process)
 
@@ -144,8 +145,21 @@ def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, ac
     return f"backbone: random weights, frozen BatchNorm took its statistics from {taken} training images"
 
 
+def _open_splits(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
+    train_set = open_split(config.data, config.data.train, train=True)
+    crowded = more_boxes_than_queries(
+        train_set.boxes_per_image,
+        train_set.image_ids,
+        config.detector.num_queries,
+        f"file={train_set.annotations.source}",
+    )
+    refuse(crowded, config.data.policies)
+    train_set.findings |= {one.kind: one.count for one in crowded}
+    return train_set, open_split(config.data, config.data.val, train=False)
+
+
 def _described(dataset: CocoDetection, config: TrainConfig) -> str:
-    done = {"drop": " dropped", "clamp": " clipped", "": ""}
+    done = {"drop": " dropped", "clamp": " clipped", "warn": "", "": ""}
     notes = [
         f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
         for kind, count in dataset.findings.items()
