@@ -87,7 +87,8 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(script: Comman
     truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     keys = ("image_id", "category_id", "bbox")
     found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
-    found[0]["bbox"][0] += 3  # perfect detections would be the same in every half, and have no interval
+    for entry in found:  # perfect detections would be the same in every half, and have no interval
+        entry["bbox"][0] += entry["image_id"]
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     data = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
     options = ("--detections", "found.json", "--report", "report", "--output", "again", "--intervals", "20")
