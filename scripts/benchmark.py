@@ -199,16 +199,16 @@ def main(
     cores = len(os.sched_getaffinity(0)) if device == "cpu" else 1
     columns = (*COLUMNS, "kernels") if kernels else COLUMNS
     remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; medians of {runs} runs in turns."]
-    if device == "cpu" and "bf16" in precisions and not has_bf16_instructions():
-        precisions = tuple(precision for precision in precisions if precision != "bf16")
+    rows = [] if suite == "import" else suites(device)[suite]
+    asked = {precision for row in rows for precision in row.precisions if precision in precisions}
+    if device == "cpu" and "bf16" in asked and not has_bf16_instructions():
+        asked.remove("bf16")
         remarks.append("bf16 is left out: this processor has no instructions for it, and takes minutes for an image.")
         print(remarks[-1], flush=True)
     if suite == "import":
         lines = measure_import(runs)
     else:
-        rows = [
-            row._replace(precisions=[p for p in row.precisions if p in precisions]) for row in suites(device)[suite]
-        ]
+        rows = [row._replace(precisions=[p for p in row.precisions if p in asked]) for row in rows]
         lines = [line for row in rows for line in measure(row, runs=runs, threads=sorted({1, cores}), kernels=kernels)]
     if output is not None:
         table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *lines]

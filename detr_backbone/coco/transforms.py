@@ -84,7 +84,9 @@ def make_transforms(config: TransformConfig, *, train: bool) -> "v2.Compose":
     """
     from torchvision.transforms import v2
 
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std), finish_target]
+    # In place, for the picture came as uint8: its values in floating point are nobody else's.
+    normalize = v2.Normalize(config.mean, config.std, inplace=True)
+    finish = [v2.ToDtype(torch.float32, scale=True), normalize, finish_target]
     if not train:
         return v2.Compose([ResizeShorterSide((config.eval_size,), config.max_size), *finish])
     resize = ResizeShorterSide(config.scales, config.max_size)
