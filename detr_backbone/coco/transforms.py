@@ -70,7 +70,7 @@ class TransformConfig:
 
 
 def make_transforms(config: TransformConfig, *, train: bool) -> "v2.Compose":
-    """The transforms of a `CocoDetection`: (image, target) in, (float32 [3, h, w] normalised, target) out.
+    """The transforms of a `CocoDetection`: (uint8 image, target) in, (float32 [3, h, w] normalised, target) out.
 
     Boxes come out as cxcywh shares of the image. A box that a crop leaves without area goes, and its label with it.
 
