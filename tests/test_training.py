@@ -184,6 +184,7 @@ def test_images_with_more_boxes_than_queries_are_counted_or_refused(
     boxes = open_split(config.data, config.data.train, train=True).boxes_per_image
     crowded = int((boxes > 1).sum())
     assert crowded > 0
+    assert len(boxes) == 10
     refusing = replace(config.data, policies=DataPolicies(more_boxes_than_queries="error"))
 
     with pytest.raises(AnnotationError, match=r"more boxes than queries \| where: .* image_id=\d+ .*1 at most"):

@@ -107,7 +107,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     @property
     def boxes_per_image(self) -> npt.NDArray[np.int64]:
         """How many boxes the target of each index holds before the transforms, int64 [len(self)]."""
-        return np.diff(self._ends, append=len(self._boxes))
+        return np.diff(self._ends)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         from torchvision import tv_tensors

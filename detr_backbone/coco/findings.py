@@ -118,11 +118,11 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataPolicies:
-    """What is done about a fault: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box,
-    "warn" only says so.
+    """What is done about a fault: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box.
 
-    Whatever is dropped or clamped is counted in the log of the training. A box that is outside, partly outside or
-    without area is dropped or clamped for training only: the evaluation takes every box as the file has it.
+    "warn" only says so. Whatever is dropped or clamped is counted in the log of the training. A box that is outside,
+    partly outside or without area is dropped or clamped for training only: the evaluation takes every box as the file
+    has it.
 
     Args:
         unknown_image: an annotation of an image that the file does not list.

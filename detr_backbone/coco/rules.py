@@ -21,22 +21,6 @@ Place: TypeAlias = Callable[[int], str]  # what findings call the record of a ro
 _LISTS = ("images", "annotations", "categories")
 
 
-def more_boxes_than_queries(boxes: Rows, image_ids: Sequence[int], num_queries: int, where: str) -> list[Findings]:
-    """The images of which a detector with so many queries cannot learn every box.
-
-    Args:
-        boxes: int64 [I], boxes to train on in each image.
-        image_ids: the id of each.
-        num_queries: of the detector.
-        where: the annotation file, as findings name it.
-    """
-    return found(
-        "more_boxes_than_queries",
-        boxes > num_queries,
-        lambda i: (f"{where} image_id={image_ids[i]}", f"{boxes[i]} boxes", f"{num_queries} at most"),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageTable:
     """The images: `ids` [I], `names`, and `sizes` [I, 2] as (h, w)."""
@@ -290,3 +274,19 @@ def _with_ids(entries: Sequence[Any], key: str, source: str) -> tuple[list[Findi
     if bad.any():
         entries = [entry for entry, is_bad in zip(entries, bad.tolist(), strict=True) if not is_bad]
     return findings, list(entries), ids[~bad]
+
+
+def more_boxes_than_queries(boxes: Rows, image_ids: Sequence[int], num_queries: int, where: str) -> list[Findings]:
+    """The images of which a detector with so many queries cannot learn every box.
+
+    Args:
+        boxes: int64 [I], boxes to train on in each image.
+        image_ids: the id of each.
+        num_queries: of the detector.
+        where: the annotation file, as findings name it.
+    """
+    return found(
+        "more_boxes_than_queries",
+        boxes > num_queries,
+        lambda i: (f"{where} image_id={image_ids[i]}", f"{boxes[i]} boxes", f"{num_queries} at most"),
+    )
