@@ -121,10 +121,11 @@ def nested_tensor_from_tensor_list(tensors: Sequence[Tensor] | Tensor) -> Nested
     _check_images(tensors)
     sizes = [(image.shape[1], image.shape[2]) for image in tensors]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    batch = tensors[0].new_zeros(len(tensors), tensors[0].shape[0], height, width)
+    batch = tensors[0].new_empty(len(tensors), tensors[0].shape[0], height, width)
     mask = torch.ones(len(tensors), height, width, dtype=torch.bool, device=batch.device)
     for index, (image, (h, w)) in enumerate(zip(tensors, sizes, strict=True)):
         batch[index, :, :h, :w].copy_(image)
+        batch[index, :, h:] = batch[index, :, :h, w:] = 0
         mask[index, :h, :w] = False
     return NestedTensor(batch, mask, sizes=sizes)
 

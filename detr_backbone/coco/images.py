@@ -104,4 +104,4 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise ValueError("grey values in floating point, expected 8 or 16 bits")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
