@@ -63,37 +63,43 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        only_of_x = {"transposed": False, "output_padding": (0, 0), "groups": 1, "output_mask": (True, False, False)}
-        of_convolution = torch.ops.aten.convolution_backward
+        as_products = of_weight and not torch.is_grad_enabled()  # enabled, for the gradient of a gradient
+        others = {"transposed": False, "output_padding": (0, 0), "groups": 1}
+        of_x_and_weight = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, *ctx.geometry, **others, output_mask=(of_x, of_weight and not as_products, False)
+        )
         return (
-            of_convolution(gradient, x, weight, None, *ctx.geometry, **only_of_x)[0] if of_x else None,
-            _weight_gradient(x, gradient, weight.shape[2:], ctx.geometry) if of_weight else None,
+            of_x_and_weight[0],
+            _weight_gradient(x, gradient, weight, ctx.geometry) if as_products else of_x_and_weight[1],
             gradient.sum((0, 2, 3)) if of_bias else None,
             None,
         )
 
 
-def _weight_gradient(x: Tensor, gradient: Tensor, window: torch.Size, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
-    """The gradient [O, C, k, l] of the weights, from maps [B, C, h, w] and the gradient [B, O, p, q] of the output."""
+def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+    """The gradient of weights [O, C, k, l], from maps [B, C, h, w] and the gradient [B, O, p, q] of the output."""
     stride, padding, dilation = geometry
     height, width = gradient.shape[-2:]
     x = _grow(x, before=padding, after=padding)
-    offsets = [(i * dilation[0], j * dilation[1]) for i in range(window[0]) for j in range(window[1])]
+    cells = [(i, j) for i in range(weight.shape[2]) for j in range(weight.shape[3])]
+    result = torch.empty_like(weight)
     if stride == (1, 1):
         # In a grid as large as the padded maps, all inputs under a cell of the window lie equally far from the outputs.
         gradient = _grow(gradient, before=(0, 0), after=(x.shape[-2] - height, x.shape[-1] - width))
-        inputs, starts = _rows(x), [row * x.shape[-1] + column for row, column in offsets]
+        inputs, starts = _rows(x), [i * dilation[0] * x.shape[-1] + j * dilation[1] for i, j in cells]
         count = len(inputs) - starts[-1]  # what is left out is padding
         outputs = _rows(gradient)[:count].t()
-        products = [outputs @ inputs[start : start + count] for start in starts]
+        for (i, j), start in zip(cells, starts, strict=True):
+            torch.mm(outputs, inputs[start : start + count], out=result[..., i, j])
     else:
         outputs = _rows(gradient).t()
-        ends = stride[0] * (height - 1) + 1, stride[1] * (width - 1) + 1
-        products = [
-            outputs @ _rows(x[..., row : row + ends[0] : stride[0], column : column + ends[1] : stride[1]])
-            for row, column in offsets
-        ]
-    return torch.stack(products, dim=-1).reshape(*products[0].shape, *window)
+        for i, j in cells:
+            rows, columns = (
+                slice(first, first + step * (size - 1) + 1, step)
+                for first, step, size in zip((i * dilation[0], j * dilation[1]), stride, (height, width), strict=True)
+            )
+            torch.mm(outputs, _rows(x[..., rows, columns]), out=result[..., i, j])
+    return result
 
 
 def _grow(maps: Tensor, *, before: Pair, after: Pair) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torchvision
@@ -24,9 +24,13 @@ from benchmark_workers import Precision, Worker, is_installed
 from detr_backbone.training import parse_options, plain_errors
 
 MIXED = ((800, 1088), (640, 1000), (768, 800), (480, 640))
+NETWORKS = ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
 PEERS = ("original", "ours", "timm", "hugging_face")
 GETTERS = ("bare", "sequential", "graph", "hooks")
 BOTH: tuple[Precision, ...] = ("float32", "bf16")
+
+
+Contender: TypeAlias = tuple[str, Precision]
 
 
 class Row(NamedTuple):
@@ -49,13 +53,15 @@ def suites(device: str) -> dict[str, list[Row]]:
             Row(replace(at, kind="detr", levels=1, sizes=detector), ("original", "ours")),
             Row(replace(at, kind="deformable_detr_step", sizes=detector), ("original", "ours")),
         ],
-        "backbones": [
-            Row(replace(at, network=network, levels=levels, kind=kind, sizes=sizes))
-            for network in ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
-            for levels in (1, 4)
-            for kind in ("forward", "step")
-            for sizes in (at.sizes, MIXED)
-        ],
+        **{
+            network: [
+                Row(replace(at, network=network, levels=levels, kind=kind, sizes=sizes))
+                for levels in (1, 4)
+                for kind in ("forward", "step")
+                for sizes in (at.sizes, MIXED)
+            ]
+            for network in NETWORKS
+        },
         "detectors": [
             Row(replace(at, kind="detr", levels=1)),
             Row(replace(at, kind="detr_step", levels=1), ("original", "ours")),
@@ -88,48 +94,49 @@ def suites(device: str) -> dict[str, list[Row]]:
     }
 
 
-def measure(row: Row, *, runs: int, threads: Sequence[int], kernels: int) -> list[str]:
-    """The rows of one case in Markdown, and the kernels that took most of the time."""
+def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kernels: int) -> list[str]:
+    """The rows of one case in Markdown, with the kernels that took most of the time."""
     contenders = [name for name in row.contenders if is_installed(name)]
-    workers = [
-        Worker(name, row.case, precision, count)
-        for precision in row.precisions
-        for name in (*contenders, "matmul")
-        for count in threads
-    ]
-    for worker in workers * 2:
-        worker.run()
-    best: dict[tuple[str, Precision], Worker] = {}
-    for worker in sorted(workers, key=lambda worker: min(worker.seconds), reverse=True):
-        best[worker.name, worker.precision] = worker
-    for worker in set(workers).difference(best.values()):
-        worker.close()
-    for worker in best.values():
-        worker.seconds.clear()
-    for _ in range(runs):
-        for worker in best.values():
-            worker.run()
-    reference = statistics.median(best[contenders[0], row.precisions[0]].seconds)
+    pairs = [(name, precision) for precision in row.precisions for name in (*contenders, "matmul")]
+    fastest = dict.fromkeys(pairs, threads[0])
+    if len(threads) > 1:
+        trials = [Worker(*pair, row.case, count) for pair in pairs for count in threads]
+        taken = [min(worker.run(), worker.run()) for worker in trials]
+        for _, worker in sorted(zip(taken, trials, strict=True), key=lambda trial: trial[0], reverse=True):
+            fastest[worker.name, worker.precision] = worker.threads
+            worker.close()
+    workers: dict[Contender, Worker] = {}
+    seconds: dict[Contender, list[float]] = {pair: [] for pair in pairs}
+    for turn in range(runs):
+        if turn % -(-runs // processes) == 0:  # how feature maps fall into memory differs between processes
+            for worker in workers.values():
+                worker.close()
+            workers = {pair: Worker(*pair, row.case, count) for pair, count in fastest.items()}
+            for worker in workers.values():
+                worker.run()
+        for pair, worker in workers.items():
+            seconds[pair].append(worker.run())
+    medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
     lines = []
     for precision in row.precisions:
-        limit = best["matmul", precision]
-        peak_rate = limit.flops / statistics.median(limit.seconds)
-        same = statistics.median(best[contenders[0], precision].seconds)
+        matmul = "matmul", precision
+        peak_rate = workers[matmul].flops() / medians[matmul]
         for name in contenders:
-            worker = best[name, precision]
-            median = statistics.median(worker.seconds)
-            spread = (max(worker.seconds) - min(worker.seconds)) / median
-            share = worker.flops / median / peak_rate
-            lines.append(
-                f"| {row.case} | {precision} | {name} | {worker.threads} | {1000 * median:.0f} | {spread:.0%} | "
-                f"{len(row.case.sizes) / median:.2f} | {reference / median:.2f} | {same / median:.2f} | {share:.0%} | "
-                f"{worker.peak():.0f} |"
-            )
+            pair = name, precision
+            worker, median = workers[pair], medians[pair]
+            spread = (max(seconds[pair]) - min(seconds[pair])) / median
+            cells = [
+                *(str(row.case), precision, name, str(worker.threads), f"{1000 * median:.0f}", f"{spread:.0%}"),
+                f"{len(row.case.sizes) / median:.2f}",
+                *(f"{medians[contenders[0], of] / median:.2f}" for of in (row.precisions[0], precision)),
+                *(f"{worker.peak():.0f}", f"{worker.flops() / median / peak_rate:.0%}"),
+            ]
             if kernels:
                 shares = list(worker.kernels().items())[:kernels]
-                lines[-1] += f" {', '.join(f'{kernel} {share:.0%}' for kernel, share in shares)} |"
+                cells.append(", ".join(f"{kernel} {share:.0%}" for kernel, share in shares))
+            lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    for worker in best.values():
+    for worker in workers.values():
         worker.close()
     return lines
 
@@ -172,13 +179,14 @@ def has_bf16_instructions() -> bool:
 
 
 RATIOS = ("times as fast as the first in float32", "as the first in this precision")
-COLUMNS = ("case", "precision", "contender", "threads", "ms", "spread", "images/s", *RATIOS, "of matmul", "peak MiB")
+COLUMNS = ("case", "precision", "contender", "threads", "ms", "spread", "images/s", *RATIOS, "peak MiB", "of matmul")
 
 
 def main(
     *,
     suite: str = "table",
-    runs: int = 7,
+    runs: int = 9,
+    processes: int = 3,
     device: Literal["cpu", "cuda"] = "cpu",
     precisions: tuple[Precision, ...] = BOTH,
     kernels: int = 0,
@@ -189,29 +197,38 @@ def main(
     A contender runs at the number of threads, one or one per core, that is faster for it in two runs before.
 
     Args:
-        suite: table, backbones, detectors, getter, compiled, data, scaling or import.
+        suite: table, detectors, getter, compiled, data, scaling, import, or a backbone: resnet18, resnet50, resnet101,
+            resnet50-dc5.
         runs: measured runs of every contender, in turns; the median counts.
+        processes: in how many processes, one after the other, a contender does its runs.
         device: cpu or cuda.
         precisions: float32, bf16, or both; bf16 is left out on a processor that has no instructions for it.
         kernels: how many of the kernels that took most of the time each row names.
-        output: the Markdown file of the record; printed only, if left out.
+        output: the Markdown file of the record, which grows with every case; printed only, if left out.
     """
     cores = len(os.sched_getaffinity(0)) if device == "cpu" else 1
     columns = (*COLUMNS, "kernels") if kernels else COLUMNS
-    remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; medians of {runs} runs in turns."]
     rows = [] if suite == "import" else suites(device)[suite]
     asked = {precision for row in rows for precision in row.precisions if precision in precisions}
+    taken = f"medians of {runs} runs in turns" + (f", in {processes} processes of each contender" if rows else "")
+    remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; {taken}."]
     if device == "cpu" and "bf16" in asked and not has_bf16_instructions():
         asked.remove("bf16")
         remarks.append("bf16 is left out: this processor has no instructions for it, and takes minutes for an image.")
         print(remarks[-1], flush=True)
+    table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     if suite == "import":
-        lines = measure_import(runs)
-    else:
-        rows = [row._replace(precisions=[p for p in row.precisions if p in asked]) for row in rows]
-        lines = [line for row in rows for line in measure(row, runs=runs, threads=sorted({1, cores}), kernels=kernels)]
+        table += measure_import(runs)
+        write(output, remarks, table)
+    for row in rows:
+        case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
+        table += measure(case, runs=runs, processes=processes, threads=sorted({1, cores}), kernels=kernels)
+        write(output, remarks, table)
+
+
+def write(output: str | None, remarks: Sequence[str], table: Sequence[str]) -> None:
+    """Write the record so far, if it goes to a file."""
     if output is not None:
-        table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *lines]
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text("\n\n".join([*remarks, "\n".join(table)]) + "\n", encoding="utf-8")
 

@@ -111,11 +111,11 @@ def hugging_face(case: Case) -> Run:
     images = case.batch()
     seen = (~images.mask).long()
     if case.kind == "detr":
-        return _inference(lambda: detector.eval()(images.tensors, pixel_mask=seen))
+        return _inference(detector, lambda: detector(images.tensors, pixel_mask=seen))
     encoder = _trained_like_detr(detector.model.backbone)
     if case.training:
         return _training(encoder, lambda: [features for features, _ in encoder(images.tensors, seen)])
-    return _inference(lambda: encoder.eval()(images.tensors, seen))
+    return _inference(encoder, lambda: encoder(images.tensors, seen))
 
 
 def plain(case: Case) -> Run:
@@ -212,27 +212,27 @@ def _detector_config(case: Case) -> DetectorConfig:
 
 def _backbone(case: Case, model: nn.Module, *, compiled: bool = False) -> Run:
     images = case.batch()
-    model = model.to(case.device).train(case.training)
+    model = model.to(case.device)
     if compiled:
         model.compile()
     if case.training:
         return _training(model, lambda: [level.tensors for level in model(images).values()])
-    return _inference(lambda: model(images))
+    return _inference(model, lambda: model(images))
 
 
 def _getter(case: Case, model: nn.Module) -> Run:
     images = case.batch().tensors
-    model = model.to(case.device).eval()
-    return _inference(lambda: model(images))
+    model = model.to(case.device)
+    return _inference(model, lambda: model(images))
 
 
 def _detector(case: Case, model: nn.Module, *, compiled: bool) -> Run:
     images = case.batch()
-    model = model.to(case.device).train(case.training)
+    model = model.to(case.device)
     if compiled:
         model.compile()
     if not case.training:
-        return _inference(lambda: model(images))
+        return _inference(model, lambda: model(images))
     criterion = build_criterion(_detector_config(case)).to(case.device)
     generator = torch.Generator().manual_seed(0)
     targets = [
@@ -245,7 +245,9 @@ def _detector(case: Case, model: nn.Module, *, compiled: bool) -> Run:
     return _training(model, lambda: [criterion.weighted_sum(criterion(model(images), targets))])
 
 
-def _inference(forward: Run) -> Run:
+def _inference(model: nn.Module, forward: Run) -> Run:
+    model.eval().requires_grad_(requires_grad=False)
+
     def run() -> None:
         with torch.inference_mode():
             forward()
@@ -254,6 +256,8 @@ def _inference(forward: Run) -> Run:
 
 
 def _training(model: nn.Module, forward: Callable[[], Sequence[Any]]) -> Run:
+    model.train()
+
     def run() -> None:
         model.zero_grad(set_to_none=True)
         torch.stack([output.float().mean() for output in forward()]).sum().backward()  # type: ignore[no-untyped-call]

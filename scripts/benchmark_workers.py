@@ -1,10 +1,12 @@
 """Contenders of a benchmark, each in a process of its own, so that none meets the memory or the caches of another."""
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
 import resource
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -19,9 +21,9 @@ NEEDS = {"timm": "timm", "hugging_face": "transformers"}
 
 
 class Worker:
-    """A contender in a process of its own."""
+    """A contender in a process of its own, which starts in the background."""
 
-    def __init__(self, name: str, case: Case, precision: Precision, threads: int) -> None:
+    def __init__(self, name: str, precision: Precision, case: Case, threads: int) -> None:
         self.name, self.precision, self.threads = name, precision, threads
         os.environ["OMP_NUM_THREADS"] = str(threads)
         context = multiprocessing.get_context("spawn")
@@ -29,23 +31,22 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, name, case, precision, threads), daemon=True)
         self._process.start()
         theirs.close()
-        self.flops = self._receive()
-        self.seconds: list[float] = []
 
-    def run(self) -> None:
-        """Do the work once more, and keep how long it took."""
-        self._connection.send("run")
-        self.seconds.append(self._receive())
+    def run(self) -> float:
+        """Seconds that the work takes once more."""
+        return float(self._ask("run"))
+
+    def flops(self) -> float:
+        """Floating-point operations of the work."""
+        return float(self._ask("flops"))
 
     def peak(self) -> float:
         """MiB: resident memory of the process on a CPU, allocated memory on a GPU."""
-        self._connection.send("peak")
-        return float(self._receive())
+        return float(self._ask("peak"))
 
     def kernels(self) -> dict[str, float]:
         """What one more run spent its time on: operators on a CPU, kernels on a GPU, with their shares, most first."""
-        self._connection.send("kernels")
-        shares: dict[str, float] = self._receive()
+        shares: dict[str, float] = self._ask("kernels")
         return shares
 
     def close(self) -> None:
@@ -53,9 +54,11 @@ class Worker:
         self._connection.send("stop")
         self._process.join()
 
-    def _receive(self) -> Any:
+    def _ask(self, order: str) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
+            self._connection.send(order)
         answer = self._connection.recv()
-        if isinstance(answer, str):
+        if isinstance(answer, Exception):
             raise RuntimeError(f"{self.name}: {answer}")
         return answer
 
@@ -84,23 +87,28 @@ def _serve(connection: Connection, name: str, case: Case, precision: Precision, 
                 torch.cuda.synchronize()
             return time.perf_counter() - start
 
-        with FlopCounterMode(display=False) as counter:
-            run()
-        run()
-        connection.send(counter.get_total_flops())
+        answers: dict[str, Callable[[], object]] = {
+            "run": run,
+            "flops": lambda: _flops(run),
+            "peak": lambda: _peak(case.device),
+            "kernels": lambda: _kernels(run, case.device),
+        }
         while (order := connection.recv()) != "stop":
-            if order == "run":
-                connection.send(run())
-            else:
-                connection.send(_peak(case.device) if order == "peak" else _kernels(run, case.device))
+            connection.send(answers[order]())
     except Exception as error:  # the parent tells it
-        connection.send(f"{type(error).__name__}: {error}")
+        connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _matmul(device: str, precision: Precision) -> Run:
     """A large product of matrices in the dtype itself: the machine's limit."""
     matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return lambda: matrix @ matrix
+
+
+def _flops(run: Run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def _peak(device: str) -> float:
