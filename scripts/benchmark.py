@@ -76,6 +76,11 @@ def suites(device: str) -> dict[str, list[Row]]:
             )
             for network in ("resnet18", "resnet50")
         ],
+        "padding": [
+            Row(replace(at, network=network, kind=kind, sizes=MIXED), ("ours, zeros", "ours"))
+            for network in ("resnet18", "resnet50")
+            for kind in ("forward", "step")
+        ],
         "compiled": [
             Row(replace(at, kind=kind), ("original", "ours", "original, compiled", "ours, compiled"))
             for kind in ("forward", "step")
@@ -101,7 +106,7 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
     fastest = dict.fromkeys(pairs, threads[0])
     if len(threads) > 1:
         trials = [Worker(*pair, row.case, count) for pair in pairs for count in threads]
-        taken = [min(worker.run(), worker.run()) for worker in trials]
+        taken = [worker.run() for worker in trials]
         for _, worker in sorted(zip(taken, trials, strict=True), key=lambda trial: trial[0], reverse=True):
             fastest[worker.name, worker.precision] = worker.threads
             worker.close()
@@ -194,11 +199,11 @@ def main(
 ) -> None:
     """Measure speed beside peers.
 
-    A contender runs at the number of threads, one or one per core, that is faster for it in two runs before.
+    A contender runs at the number of threads, one or one per core, that is faster for it in a first run.
 
     Args:
-        suite: table, detectors, getter, compiled, data, scaling, import, or a backbone: resnet18, resnet50, resnet101,
-            resnet50-dc5.
+        suite: table, detectors, getter, padding, compiled, data, scaling, import, or a backbone: resnet18, resnet50,
+            resnet101, resnet50-dc5.
         runs: measured runs of every contender, in turns; the median counts.
         processes: in how many processes, one after the other, a contender does its runs.
         device: cpu or cuda.

@@ -75,6 +75,11 @@ def ours(case: Case, *, compiled: bool = False) -> Run:
     return _backbone(case, build_backbone(_backbone_config(case))[0], compiled=compiled)
 
 
+def zero_padded(case: Case) -> Run:
+    """Ours without exact padding: images in a batch are padded with zeros once, as everyone does."""
+    return _backbone(case, build_backbone(replace(_backbone_config(case), padding="zeros"))[0])
+
+
 def original(case: Case, *, compiled: bool = False) -> Run:
     """The original construction; a detector on it is ours in all but the backbone, attention weights and sampling."""
     backbone = _Original(case)
@@ -268,6 +273,7 @@ def _training(model: nn.Module, forward: Callable[[], Sequence[Any]]) -> Run:
 CONTENDERS: dict[str, Callable[[Case], Run]] = {
     "original": original,
     "ours": ours,
+    "ours, zeros": zero_padded,
     "original, compiled": partial(original, compiled=True),
     "ours, compiled": partial(ours, compiled=True),
     "timm": timm_features,
