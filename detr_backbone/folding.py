@@ -1,8 +1,9 @@
 """Frozen BatchNorm folded into the convolution before it: one pass over the feature map instead of two.
 
 What is frozen is an affine map of each channel, so its scale goes into the convolution's weights and its shift into the
-bias. In training the weights are scaled anew in every pass, which autograd sees through; where nothing can change
-between two passes they are kept. Parameters, buffers and state-dict keys stay those of the two layers.
+bias. In training the weights are scaled anew in every pass, which autograd sees through, unless they are more than the
+values of the map; where nothing can change between two passes they are kept. Parameters, buffers and state-dict keys
+stay those of the two layers.
 
 Source: arXiv 2305.11624, section 3, for folding while training.
 """
@@ -29,20 +30,30 @@ class FoldedConv2d(nn.Conv2d):
     _kept: "_Kept | None"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
-        weight, bias = self._weight_and_bias(input.device.type) if self.norm[0].folded else (self.weight, self.bias)
+        (norm,) = self.norm
+        if not norm.folded:
+            return self._convolve(input, self.weight, self.bias)
+        if not torch.compiler.is_compiling():
+            if all(map(_can_be_kept, self._sources())):
+                return self._convolve(input, *self._keep(_dtype_for(input, self.weight)))
+            if self._has_more_weights_than_outputs(input):
+                return norm.normalise(self._convolve(input, self.weight, self.bias))
+        return self._convolve(input, *self._fold(_dtype_for(input, self.weight)))
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.groups > 1 or self.padding_mode != "zeros" or isinstance(self.padding, str):
-            output: Tensor = self._conv_forward(input, weight, bias)
+            output: Tensor = self._conv_forward(x, weight, bias)
             return output
         geometry: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return convolve(input, weight, bias, **geometry)
+        return convolve(x, weight, bias, **geometry)
 
-    def _weight_and_bias(self, device: str) -> tuple[Tensor, Tensor]:
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
-        sources = self._sources()
-        if torch.compiler.is_compiling() or not all(map(_can_be_kept, sources)):
-            return self._fold(dtype)
-        kept = self._kept
+    def _has_more_weights_than_outputs(self, x: Tensor) -> bool:
+        """Whether it is less work to scale what comes out than what it is computed from, one output channel each."""
+        cells = x.numel() // (self.in_channels * self.stride[0] * self.stride[1])
+        return cells < self.weight[0].numel()
+
+    def _keep(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kept, sources = self._kept, self._sources()
         if kept is None or not kept.is_of(sources, dtype):
             with torch.inference_mode(mode=False), torch.no_grad():
                 kept = self._kept = _Kept(sources, *self._fold(dtype))
@@ -82,6 +93,13 @@ class _Kept:
     def is_of(self, sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         return same and dtype == self.weight.dtype and list(map(_state, sources)) == self._states
+
+
+def _dtype_for(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What a convolution computes in."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

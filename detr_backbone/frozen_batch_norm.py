@@ -52,11 +52,13 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.folded:
-            return self.then(x)
+        return self.then(x if self.folded else self.normalise(x))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The input with every channel scaled and shifted."""
         # batch_norm reads parameters of its input's dtype or of float32, and folds them in float32 in both cases.
-        return self.then(
-            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:

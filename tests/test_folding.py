@@ -193,6 +193,25 @@ def test_inference_folds_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network[0].weight.grad is not None
 
 
+@pytest.mark.parametrize(("size", "scales_weights"), [((8, 8), True), ((8, 6), False)])
+def test_training_scales_the_fewer_of_weights_and_outputs(
+    size: tuple[int, int], scales_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = trained(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), FrozenBatchNorm2d(4)))
+    images = torch.randn(2, 3, *size)
+    expected = network(images)
+    fold_frozen_batch_norm(network)
+    scaled = []
+    fold = FoldedConv2d._fold
+    monkeypatch.setattr(FoldedConv2d, "_fold", lambda self, dtype: scaled.append(self) or fold(self, dtype))
+    for _ in range(2):
+        torch.testing.assert_close(network(images), expected)
+    assert len(scaled) == (2 if scales_weights else 0)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected)
+    assert len(scaled) == (3 if scales_weights else 1)  # without gradients they are scaled once, whatever comes out
+
+
 def test_a_parametrized_weight_is_not_kept() -> None:
     class Scaled(nn.Module):
         factor = 1.0
