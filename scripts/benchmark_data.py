@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,16 +47,22 @@ class Photographs(TemporaryDirectory[str]):
         Path(self.annotations).write_text(json.dumps(content), encoding="utf-8")
 
 
+@dataclass
+class _Pipeline:
+    photographs: Photographs
+    """Deleted with the pipeline that reads them."""
+    read: Run
+
+    def __call__(self) -> object:
+        return self.read()
+
+
 def our_pipeline(case: Case) -> Run:
     """CocoDetection with its transforms and its collation."""
     folder = Photographs(case)
     dataset = CocoDetection(folder.name, folder.annotations, transforms=make_transforms(CONFIG, train=True))
 
-    def run() -> None:
-        assert Path(folder.name).is_dir()  # it is there for as long as this function is
-        collate([dataset[index] for index in range(len(dataset))])
-
-    return run
+    return _Pipeline(folder, lambda: collate([dataset[index] for index in range(len(dataset))]))
 
 
 def torchvision_pipeline(case: Case) -> Run:
@@ -76,11 +83,9 @@ def torchvision_pipeline(case: Case) -> Run:
         dataset: Any = datasets.CocoDetection(folder.name, folder.annotations, transforms=transforms)
     dataset = datasets.wrap_dataset_for_transforms_v2(dataset, target_keys=("boxes", "labels", "image_id"))
 
-    def run() -> None:
-        assert Path(folder.name).is_dir()
-        nested_tensor_from_tensor_list([dataset[index][0] for index in range(len(dataset))])
-
-    return run
+    return _Pipeline(
+        folder, lambda: nested_tensor_from_tensor_list([dataset[index][0] for index in range(len(dataset))])
+    )
 
 
 PIPELINES: dict[str, Callable[[Case], Run]] = {
