@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -103,22 +104,19 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
     """The rows of one case in Markdown, with the kernels that took most of the time."""
     contenders = [name for name in row.contenders if is_installed(name)]
     pairs = [(name, precision) for precision in row.precisions for name in (*contenders, "matmul")]
-    fastest = dict.fromkeys(pairs, threads[0])
-    if len(threads) > 1:
-        trials = [Worker(*pair, row.case, count) for pair in pairs for count in threads]
-        taken = [worker.run() for worker in trials]
-        for _, worker in sorted(zip(taken, trials, strict=True), key=lambda trial: trial[0], reverse=True):
-            fastest[worker.name, worker.precision] = worker.threads
-            worker.close()
+    trials = [Worker(*pair, row.case, count) for pair in pairs for count in threads]
     workers: dict[Contender, Worker] = {}
+    for _, worker in sorted([(worker.warm_up(), worker) for worker in trials], key=itemgetter(0)):
+        if workers.setdefault((worker.name, worker.precision), worker) is not worker:
+            worker.close()
     seconds: dict[Contender, list[float]] = {pair: [] for pair in pairs}
     for turn in range(runs):
-        if turn % -(-runs // processes) == 0:  # how feature maps fall into memory differs between processes
+        if turn and turn % -(-runs // processes) == 0:  # how feature maps fall into memory differs between processes
             for worker in workers.values():
                 worker.close()
-            workers = {pair: Worker(*pair, row.case, count) for pair, count in fastest.items()}
+            workers = {pair: Worker(*pair, row.case, worker.threads) for pair, worker in workers.items()}
             for worker in workers.values():
-                worker.run()
+                worker.warm_up()
         for pair, worker in workers.items():
             seconds[pair].append(worker.run())
     medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
@@ -199,7 +197,7 @@ def main(
 ) -> None:
     """Measure speed beside peers.
 
-    A contender runs at the number of threads, one or one per core, that is faster for it in a first run.
+    A contender runs at the number of threads, one or one per core, that is faster for it in the runs before it counts.
 
     Args:
         suite: table, detectors, getter, padding, compiled, data, scaling, import, or a backbone: resnet18, resnet50,

@@ -17,6 +17,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 Precision = Literal["float32", "bf16"]
+WARM_UP_SECONDS = 2
 NEEDS = {"timm": "timm", "hugging_face": "transformers"}
 
 
@@ -35,6 +36,13 @@ class Worker:
     def run(self) -> float:
         """Seconds that the work takes once more."""
         return float(self._ask("run"))
+
+    def warm_up(self) -> float:
+        """Seconds of the fastest of the runs that fill two seconds."""
+        taken = [self.run()]
+        while sum(taken) < WARM_UP_SECONDS:
+            taken.append(self.run())
+        return min(taken)
 
     def flops(self) -> float:
         """Floating-point operations of the work."""
