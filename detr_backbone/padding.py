@@ -252,7 +252,7 @@ class _Levels:
 
 def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | None, *, in_place: bool) -> Tensor:
     if not in_place or sizes is None:
-        return features.masked_fill(mask[:, None], 0)
+        return torch.where(mask[:, None], 0.0, features)  # masked_fill would not keep the memory format
     if features.device.type != "cpu":  # one kernel for the batch
         return features.masked_fill_(mask[:, None], 0)
     for image, (h, w) in zip(features, sizes, strict=True):  # writing only the padded cells costs next to nothing

@@ -210,3 +210,15 @@ def test_training_on_a_padded_batch_runs_where_frozen_features_have_several_read
     backbone([torch.randn(3, 64, 96), torch.randn(3, 50, 40)])["0"].tensors.sum().backward()
 
     assert any(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_exact_padding_keeps_the_memory_format_in_training() -> None:
+    backbone = Backbone("resnet18", return_interm_layers=True).train()
+    seen = []
+    for convolution in (backbone.body["layer1"][0].conv2, backbone.body["layer3"][1].conv1):
+        convolution.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    levels = backbone([torch.randn(3, 64, 96), torch.randn(3, 50, 40)])
+
+    maps = [*seen, *(level.tensors for level in levels.values())]
+    assert len(maps) == 6
+    assert all(features.is_contiguous(memory_format=torch.channels_last) for features in maps)
