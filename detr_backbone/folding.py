@@ -34,8 +34,9 @@ class FoldedConv2d(nn.Conv2d):
         if not norm.folded:
             return self._convolve(input, self.weight, self.bias)
         if not torch.compiler.is_compiling():
-            if all(map(_can_be_kept, self._sources())):
-                return self._convolve(input, *self._keep(_dtype_for(input, self.weight)))
+            sources = self._sources()
+            if all(map(_can_be_kept, sources)):
+                return self._convolve(input, *self._keep(sources, _dtype_for(input, self.weight)))
             if self._has_more_weights_than_outputs(input):
                 return norm.normalise(self._convolve(input, self.weight, self.bias))
         return self._convolve(input, *self._fold(_dtype_for(input, self.weight)))
@@ -52,8 +53,8 @@ class FoldedConv2d(nn.Conv2d):
         cells = x.numel() // (self.in_channels * self.stride[0] * self.stride[1])
         return cells < self.weight[0].numel()
 
-    def _keep(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kept, sources = self._kept, self._sources()
+    def _keep(self, sources: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kept = self._kept
         if kept is None or not kept.is_of(sources, dtype):
             with torch.inference_mode(mode=False), torch.no_grad():
                 kept = self._kept = _Kept(sources, *self._fold(dtype))
