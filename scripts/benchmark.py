@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -106,7 +105,7 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
     pairs = [(name, precision) for precision in row.precisions for name in (*contenders, "matmul")]
     trials = [Worker(*pair, row.case, count) for pair in pairs for count in threads]
     workers: dict[Contender, Worker] = {}
-    for _, worker in sorted([(worker.warm_up(), worker) for worker in trials], key=itemgetter(0)):
+    for worker in sorted(trials, key=Worker.warm_up):
         if workers.setdefault((worker.name, worker.precision), worker) is not worker:
             worker.close()
     seconds: dict[Contender, list[float]] = {pair: [] for pair in pairs}
