@@ -13,6 +13,7 @@ from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
 from detr_backbone.exactness import find_leak, is_plain_resnet
 from detr_backbone.folding import fold_frozen_batch_norm
+from detr_backbone.image_by_image import each_image, is_faster_image_by_image, together
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.maps import as_map, size_of
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
@@ -50,8 +51,7 @@ class BackboneBase(nn.Module):
         checkpointed_layers: paths of layers whose inner activations are computed again in the backward pass.
 
     Attributes:
-        body: the IntermediateLayerGetter; state-dict keys are `body.*`. Its frozen BatchNorms are folded into the
-            convolutions before them, whose outputs are then the norms'; see `folding`.
+        body: the IntermediateLayerGetter, with frozen BatchNorms folded (see `folding`); state-dict keys are `body.*`.
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
@@ -91,8 +91,7 @@ class BackboneBase(nn.Module):
             raise ConfigError(str(error)) from error
         if train_layers and not any(parameter.requires_grad for parameter in self.body.parameters()):
             raise ConfigError(
-                f"`train_layers` must name a layer that leads to {list(return_layers)}, got {list(train_layers)}; to "
-                "train nothing, give none"
+                f"`train_layers` must name none or layers that lead to {list(return_layers)}, got {list(train_layers)}"
             )
         if padding == "exact":
             refuse_leaky_layers(self.body, all_run=self.body.strategy != "hooks")
@@ -126,8 +125,11 @@ class BackboneBase(nn.Module):
             images: a NestedTensor; or what makes one: images [C, h, w] of any sizes, or a batch [B, C, H, W].
         """
         images = as_nested_tensor(images)
+        exact = self._exact_padding
+        if exact and self.size_divisor == 1 and is_faster_image_by_image(images) and not exact.is_watched(self.body):
+            return together([BackboneBase.forward(self, image) for image in each_image(images)], images, self.strides)
         batch = self.prepared(images)
-        with nullcontext() if self._exact_padding is None else self._exact_padding.around(batch):
+        with exact.around(batch) if exact else nullcontext():
             outputs = self.body(batch.tensors.to(memory_format=self._memory_format))
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
@@ -187,8 +189,7 @@ class Backbone(BackboneBase):
         trained = survey.after_first_stage(return_layers) if train_layers is None else train_layers
         if norm == "group" and weights is not None:
             raise ConfigError(
-                f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm has no place for the statistics "
-                "with which they were trained"
+                f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm has no place for their statistics"
             )
         set_norm(network, norm, train_layers=trained)
         if train_layers is None:  # frozen norms have nothing to train
@@ -210,8 +211,7 @@ class Backbone(BackboneBase):
 class Joiner(nn.Sequential):
     """A backbone and a position encoding, joined: levels and their positions, as a transformer takes them.
 
-    It is an nn.Sequential, so that `joiner[0]` is the backbone, `joiner[1]` the position encoding, and state-dict keys
-    are those of published checkpoints (`0.body.*`).
+    `joiner[0]` is the backbone, `joiner[1]` the position encoding; keys are published checkpoints' (`0.body.*`).
 
     Attributes:
         strides, channels: one entry per level, finest first.

@@ -212,6 +212,16 @@ class ExactPadding:
         """The context that this thread is in now, for a part of the pass that is computed a second time, anywhere."""
         return _Within(self._levels, self._levels.get(current_thread()))
 
+    def is_watched(self, body: nn.Module) -> bool:
+        """Whether a layer of the network has a hook of someone else, who may count on the whole batch."""
+        return any(
+            module._forward_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or any(getattr(hook, "func", None) != self._before_window for hook in module._forward_pre_hooks.values())
+            for module in body.modules()
+        )
+
     def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         levels = self._levels.get(current_thread())
         if levels is None:

@@ -18,6 +18,7 @@ COMPONENT = {
     "errors",
     "exactness",
     "frozen_batch_norm",
+    "image_by_image",
     "input_channels",
     "layer_getter",
     "folding",
