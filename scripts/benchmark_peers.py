@@ -219,7 +219,7 @@ def _backbone(case: Case, model: nn.Module, *, compiled: bool = False) -> Run:
     images = case.batch()
     model = model.to(case.device)
     if compiled:
-        model.compile()
+        _compile(case, model)
     if case.training:
         return _training(model, lambda: [level.tensors for level in model(images).values()])
     return _inference(model, lambda: model(images))
@@ -235,7 +235,7 @@ def _detector(case: Case, model: nn.Module, *, compiled: bool) -> Run:
     images = case.batch()
     model = model.to(case.device)
     if compiled:
-        model.compile()
+        _compile(case, model)
     if not case.training:
         return _inference(model, lambda: model(images))
     criterion = build_criterion(_detector_config(case)).to(case.device)
@@ -248,6 +248,11 @@ def _detector(case: Case, model: nn.Module, *, compiled: bool) -> Run:
         for _ in case.sizes
     ]
     return _training(model, lambda: [criterion.weighted_sum(criterion(model(images), targets))])
+
+
+def _compile(case: Case, model: nn.Module) -> None:
+    """Compile it; for inference with its weights as constants, which it lays out for the processor once."""
+    model.compile(options={"freezing": not case.training})
 
 
 def _inference(model: nn.Module, forward: Run) -> Run:

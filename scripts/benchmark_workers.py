@@ -65,7 +65,14 @@ class Worker:
     def _ask(self, order: str) -> Any:
         with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
             self._connection.send(order)
-        answer = self._connection.recv()
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            raise RuntimeError(
+                f"{self.name}: its process ended with code {code}; -9 is often a lack of memory"
+            ) from None
         if isinstance(answer, Exception):
             raise RuntimeError(f"{self.name}: {answer}")
         return answer
