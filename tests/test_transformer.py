@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detr_backbone.detectors.transformer import Transformer
+from detr_backbone.detectors.transformer import ACTIVATIONS, Transformer
 
 
 def small(**options):
@@ -135,3 +135,21 @@ def test_no_mask_is_a_mask_without_padding() -> None:
 
     torch.testing.assert_close(without, masked)
     torch.testing.assert_close(memory, masked_memory)
+
+
+@torch.no_grad()
+def test_relu_takes_no_memory_in_inference() -> None:
+    x = torch.randn(2, 3)
+    expected = x.clamp(min=0)
+
+    y = ACTIVATIONS["relu"](x)
+
+    assert y.data_ptr() == x.data_ptr()
+    assert y.equal(expected)
+
+
+def test_relu_copies_no_gradients_in_training() -> None:
+    x = nn.Linear(4, 8)(torch.randn(2, 3, 4))
+    y = ACTIVATIONS["relu"](x)
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == "ReluBackward0"  # in place, of a view, it would be CopySlices and more

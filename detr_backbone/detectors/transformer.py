@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 Activation: TypeAlias = Literal["relu", "gelu"]
 
-# In place where nothing else needs what comes in: it is always the output of a linear layer.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}
+
+def _relu(x: Tensor) -> Tensor:
+    """In place in inference. A linear layer returns a view, whose gradients autograd copies if it was written to."""
+    return torch.relu(x) if x.requires_grad else torch.relu_(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": _relu, "gelu": F.gelu}
+"""By name; each takes the output of a linear layer, which nothing else needs."""
 
 
 class Transformer(nn.Module):
