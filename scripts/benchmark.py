@@ -9,7 +9,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 import torchvision
 from benchmark_peers import Case
-from benchmark_workers import Precision, Worker, is_installed
+from benchmark_workers import Precision, Worker, lacking
 
 from detr_backbone.training import parse_options, plain_errors
 
@@ -45,14 +44,13 @@ class Row(NamedTuple):
 def suites(device: str) -> dict[str, list[Row]]:
     """What is measured, by name."""
     at = Case(kind="forward", device=device)
-    detector = ((800, 1088),)
     return {
         "table": [
             Row(at, ("original", "ours")),
             Row(replace(at, kind="step"), ("original", "ours")),
             Row(replace(at, sizes=MIXED), ("original", "ours")),
-            Row(replace(at, kind="detr", levels=1, sizes=detector), ("original", "ours")),
-            Row(replace(at, kind="deformable_detr_step", sizes=detector), ("original", "ours")),
+            Row(replace(at, kind="detr", levels=1), ("original", "ours")),
+            Row(replace(at, kind="deformable_detr_step"), ("original", "ours")),
         ],
         **{
             network: [
@@ -64,10 +62,9 @@ def suites(device: str) -> dict[str, list[Row]]:
             for network in NETWORKS
         },
         "detectors": [
-            Row(replace(at, kind="detr", levels=1)),
+            Row(replace(at, kind="detr", levels=1), ("original", "ours", "hugging_face")),
             Row(replace(at, kind="detr_step", levels=1), ("original", "ours")),
             Row(replace(at, kind="deformable_detr"), ("original", "ours")),
-            Row(replace(at, kind="deformable_detr_step"), ("original", "ours")),
         ],
         "getter": [
             Row(
@@ -101,8 +98,7 @@ def suites(device: str) -> dict[str, list[Row]]:
 
 def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kernels: int) -> list[str]:
     """The rows of one case in Markdown, with the kernels that took most of the time."""
-    contenders = [name for name in row.contenders if is_installed(name)]
-    pairs = [(name, precision) for precision in row.precisions for name in (*contenders, "matmul")]
+    pairs = [(name, precision) for precision in row.precisions for name in (*row.contenders, "matmul")]
     workers = {pair: at_its_best(pair, row.case, threads) for pair in pairs}
     seconds: dict[Contender, list[float]] = {pair: [] for pair in pairs}
     for turn in range(runs):
@@ -119,14 +115,14 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
     for precision in row.precisions:
         matmul = "matmul", precision
         peak_rate = workers[matmul].flops() / medians[matmul]
-        for name in contenders:
+        for name in row.contenders:
             pair = name, precision
             worker, median = workers[pair], medians[pair]
             spread = (max(seconds[pair]) - min(seconds[pair])) / median
             cells = [
                 *(str(row.case), precision, name, str(worker.threads), f"{1000 * median:.0f}", f"{spread:.0%}"),
                 f"{len(row.case.sizes) / median:.2f}",
-                *(f"{medians[contenders[0], of] / median:.2f}" for of in (row.precisions[0], precision)),
+                *(f"{medians[row.contenders[0], of] / median:.2f}" for of in (row.precisions[0], precision)),
                 *(f"{worker.peak():.0f}", f"{worker.flops() / median / peak_rate:.0%}"),
             ]
             if kernels:
@@ -152,18 +148,17 @@ def at_its_best(contender: Contender, case: Case, threads: Sequence[int]) -> Wor
 
 
 def measure_import(runs: int) -> list[str]:
-    """What importing the package costs on top of importing torch and torchvision, each in a fresh interpreter."""
-    seconds: dict[str, list[float]] = {"torch, torchvision": [], "torch, torchvision, detr_backbone": []}
-    for _ in range(runs + 1):
-        for names, taken in seconds.items():
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", f"import {names}"], check=True)
-            taken.append(time.perf_counter() - start)
-    before, after = (statistics.median(taken[1:]) for taken in seconds.values())  # the first filled the file cache
-    lines = [
-        f"| import {names} | - | - | - | {1000 * statistics.median(taken[1:]):.0f} | | | {before / after:.2f} | | | |"
-        for names, taken in seconds.items()
-    ]
+    """What importing the package costs after torch and torchvision, in fresh interpreters."""
+    names = ("torch, torchvision", "detr_backbone")
+    steps = [f"start = time.perf_counter(); import {name}; print(time.perf_counter() - start)" for name in names]
+    command = [sys.executable, "-c", "; ".join(["import time", *steps])]
+    outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(runs + 1)]
+    seconds = zip(*(map(float, output.split()) for output in outputs[1:]), strict=True)  # the first fills file caches
+    lines = []
+    for name, taken in zip(names, seconds, strict=True):
+        median = statistics.median(taken)
+        spread = (max(taken) - min(taken)) / median
+        lines.append(f"| import {name} | - | - | - | {1000 * median:.0f} | {spread:.0%} | | | | | |")
     print("\n".join(lines), flush=True)
     return lines
 
@@ -220,12 +215,17 @@ def main(
     columns = (*COLUMNS, "kernels") if kernels else COLUMNS
     rows = [] if suite == "import" else suites(device)[suite]
     asked = {precision for row in rows for precision in row.precisions if precision in precisions}
-    taken = f"medians of {runs} runs in turns" + (f", in {processes} processes of each contender" if rows else "")
+    taken = f"medians of {runs} runs in turns"
+    if rows and processes > 1:
+        taken += f", in {processes} processes of each contender"
     remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; {taken}."]
     if device == "cpu" and "bf16" in asked and not has_bf16_instructions():
         asked.remove("bf16")
         remarks.append("bf16 is left out: this processor has no instructions for it, and takes minutes for an image.")
-        print(remarks[-1], flush=True)
+    for name, module in lacking({name for row in rows for name in row.contenders}).items():
+        rows = [row._replace(contenders=[other for other in row.contenders if other != name]) for row in rows]
+        remarks.append(f"{name} is left out: {module} is not installed.")
+    print("\n".join(remarks), flush=True)
     table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     if suite == "import":
         table += measure_import(runs)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -78,13 +78,10 @@ class Worker:
         return answer
 
 
-def is_installed(name: str) -> bool:
-    """Whether the library of a contender is there; says so if it is not."""
-    module = NEEDS.get(name)
-    found = module is None or importlib.util.find_spec(module) is not None
-    if not found:
-        print(f"{name} is left out: {module} is not installed", flush=True)
-    return found
+def lacking(contenders: Container[str]) -> dict[str, str]:
+    """The contenders whose library is not installed, with its name."""
+    needed = {name: module for name, module in NEEDS.items() if name in contenders}
+    return {name: module for name, module in needed.items() if importlib.util.find_spec(module) is None}
 
 
 def _serve(connection: Connection, name: str, case: Case, precision: Precision, threads: int) -> None:
