@@ -81,7 +81,7 @@ def zero_padded(case: Case) -> Run:
 
 
 def original(case: Case, *, compiled: bool = False) -> Run:
-    """The original construction; a detector on it is ours in all but the backbone, attention weights and sampling."""
+    """The original construction; a detector on it is ours but for backbone, attention weights, sampling and dropout."""
     backbone = _Original(case)
     if "detr" not in case.kind:
         return _backbone(case, backbone, compiled=compiled)
@@ -92,6 +92,9 @@ def original(case: Case, *, compiled: bool = False) -> Run:
     for module in detector.modules():
         if isinstance(module, nn.MultiheadAttention):
             module.register_forward_pre_hook(_asking_for_weights, with_kwargs=True)
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                module.register_module(name, nn.Dropout(child.p))
     return _detector(case, detector, compiled=compiled)
 
 

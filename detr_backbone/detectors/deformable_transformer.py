@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from detr_backbone.detectors.deformable_attention import MSDeformAttn
 from detr_backbone.detectors.deformable_sampling import Sampling
+from detr_backbone.detectors.dropout import Dropout
 from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.references import Cells, box_encoding, refine
 from detr_backbone.detectors.transformer import ACTIVATIONS, Activation
@@ -254,7 +255,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm2 = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, src: Tensor, pos: Tensor, references: Tensor, cells: Cells) -> Tensor:
@@ -281,7 +282,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm3 = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, tgt: Tensor, query_pos: Tensor, references: Tensor, memory: Tensor, cells: Cells) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_backbone.detectors.dropout import Dropout
+
 Activation: TypeAlias = Literal["relu", "gelu"]
 
 
@@ -165,7 +167,7 @@ class _Layer(nn.Module):
 
     linear1: nn.Linear
     linear2: nn.Linear
-    dropout: nn.Dropout
+    dropout: Dropout
     activation: Callable[[Tensor], Tensor]
     normalize_before: bool
 
@@ -197,7 +199,7 @@ class TransformerEncoderLayer(_Layer):
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
         self.normalize_before = normalize_before
 
@@ -233,7 +235,7 @@ class TransformerDecoderLayer(_Layer):
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = ACTIVATIONS[activation]
         self.normalize_before = normalize_before
 
