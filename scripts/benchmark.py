@@ -215,7 +215,7 @@ def main(
     columns = (*COLUMNS, "kernels") if kernels else COLUMNS
     rows = [] if suite == "import" else suites(device)[suite]
     asked = {precision for row in rows for precision in row.precisions if precision in precisions}
-    taken = f"medians of {runs} runs in turns"
+    taken = f"medians of {runs} runs" + " in turns" * bool(rows)
     if rows and processes > 1:
         taken += f", in {processes} processes of each contender"
     remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; {taken}."]
