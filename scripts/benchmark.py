@@ -118,9 +118,8 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
         for name in row.contenders:
             pair = name, precision
             worker, median = workers[pair], medians[pair]
-            spread = (max(seconds[pair]) - min(seconds[pair])) / median
             cells = [
-                *(str(row.case), precision, name, str(worker.threads), f"{1000 * median:.0f}", f"{spread:.0%}"),
+                *(str(row.case), precision, name, str(worker.threads), *in_cells(seconds[pair])),
                 f"{len(row.case.sizes) / median:.2f}",
                 *(f"{medians[row.contenders[0], of] / median:.2f}" for of in (row.precisions[0], precision)),
                 *(f"{worker.peak():.0f}", f"{worker.flops() / median / peak_rate:.0%}"),
@@ -147,6 +146,12 @@ def at_its_best(contender: Contender, case: Case, threads: Sequence[int]) -> Wor
     return best
 
 
+def in_cells(seconds: Sequence[float]) -> tuple[str, str]:
+    """The median in milliseconds, and how far apart the fastest and the slowest run lie, as a share of it."""
+    median = statistics.median(seconds)
+    return f"{1000 * median:.0f}", f"{(max(seconds) - min(seconds)) / median:.0%}"
+
+
 def measure_import(runs: int) -> list[str]:
     """What importing the package costs after torch and torchvision, in fresh interpreters."""
     names = ("torch, torchvision", "detr_backbone")
@@ -156,9 +161,7 @@ def measure_import(runs: int) -> list[str]:
     seconds = zip(*(map(float, output.split()) for output in outputs[1:]), strict=True)  # the first fills file caches
     lines = []
     for name, taken in zip(names, seconds, strict=True):
-        median = statistics.median(taken)
-        spread = (max(taken) - min(taken)) / median
-        lines.append(f"| import {name} | - | - | - | {1000 * median:.0f} | {spread:.0%} | | | | | |")
+        lines.append(f"| import {name} | - | - | - | {' | '.join(in_cells(taken))} | | | | | |")
     print("\n".join(lines), flush=True)
     return lines
 
@@ -215,9 +218,11 @@ def main(
     columns = (*COLUMNS, "kernels") if kernels else COLUMNS
     rows = [] if suite == "import" else suites(device)[suite]
     asked = {precision for row in rows for precision in row.precisions if precision in precisions}
-    taken = f"medians of {runs} runs" + " in turns" * bool(rows)
-    if rows and processes > 1:
-        taken += f", in {processes} processes of each contender"
+    taken = f"medians of {runs} runs"
+    if rows:
+        taken += " in turns"
+        if processes > 1:
+            taken += f", in {processes} processes of each contender"
     remarks = [f"`{' '.join(['python', *sys.argv])}`", f"{environment(device)}; {taken}."]
     if device == "cpu" and "bf16" in asked and not has_bf16_instructions():
         asked.remove("bf16")
