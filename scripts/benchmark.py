@@ -99,22 +99,24 @@ def suites(device: str) -> dict[str, list[Row]]:
 def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kernels: int) -> list[str]:
     """The rows of one case in Markdown, with the kernels that took most of the time."""
     pairs = [(name, precision) for precision in row.precisions for name in (*row.contenders, "matmul")]
-    workers = {pair: at_its_best(pair, row.case, threads) for pair in pairs}
+    best = {pair: best_threads(pair, row.case, threads) for pair in pairs}
+    workers: dict[Contender, Worker] = {}
     seconds: dict[Contender, list[float]] = {pair: [] for pair in pairs}
     for turn in range(runs):
-        if turn and turn % -(-runs // processes) == 0:  # how feature maps fall into memory differs between processes
+        if turn % -(-runs // processes) == 0:  # how feature maps fall into memory differs between processes
             for worker in workers.values():
                 worker.close()
-            workers = {pair: Worker(*pair, row.case, worker.threads) for pair, worker in workers.items()}
+            workers = {pair: Worker(*pair, row.case, best[pair]) for pair in pairs}
             for worker in workers.values():
                 worker.warm_up()
         for pair, worker in workers.items():
             seconds[pair].append(worker.run())
     medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
+    peaks = {pair: worker.peak() for pair, worker in workers.items()}
+    flops = {name: workers[name, row.precisions[0]].flops() for name in (*row.contenders, "matmul")}
     lines = []
     for precision in row.precisions:
-        matmul = "matmul", precision
-        peak_rate = workers[matmul].flops() / medians[matmul]
+        peak_rate = flops["matmul"] / medians["matmul", precision]
         for name in row.contenders:
             pair = name, precision
             worker, median = workers[pair], medians[pair]
@@ -122,7 +124,7 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
                 *(str(row.case), precision, name, str(worker.threads), *in_cells(seconds[pair])),
                 f"{len(row.case.sizes) / median:.2f}",
                 *(f"{medians[row.contenders[0], of] / median:.2f}" for of in (row.precisions[0], precision)),
-                *(f"{worker.peak():.0f}", f"{worker.flops() / median / peak_rate:.0%}"),
+                *(f"{peaks[pair]:.0f}", f"{flops[name] / median / peak_rate:.0%}"),
             ]
             if kernels:
                 shares = list(worker.kernels().items())[:kernels]
@@ -134,16 +136,14 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
     return lines
 
 
-def at_its_best(contender: Contender, case: Case, threads: Sequence[int]) -> Worker:
-    """The contender at the number of threads that it is fastest with."""
-    taken: dict[Worker, float] = {}
-    for count in threads:  # one starts when the other has been timed
-        worker = Worker(*contender, case, count)
-        taken[worker] = worker.warm_up()
-    best, *others = sorted(taken, key=taken.__getitem__)
-    for worker in others:  # before the next contender comes: each holds its memory
+def best_threads(contender: Contender, case: Case, threads: Sequence[int]) -> int:
+    """The number of threads that the contender is fastest with on the first image of the case."""
+    taken: dict[int, float] = {}
+    for count in threads:
+        worker = Worker(*contender, replace(case, sizes=case.sizes[:1]), count)
+        taken[count] = min(worker.warm_up(), worker.run())
         worker.close()
-    return best
+    return min(taken, key=taken.__getitem__)
 
 
 def in_cells(seconds: Sequence[float]) -> tuple[str, str]:
@@ -202,7 +202,7 @@ def main(
 ) -> None:
     """Measure speed beside peers.
 
-    A contender runs at the number of threads, one or one per core, that is faster for it in the runs before it counts.
+    A contender runs at the number of threads, one or one per core, that is faster for it with one image.
 
     Args:
         suite: table, detectors, getter, padding, compiled, data, scaling, import, or a backbone: resnet18, resnet50,
