@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -96,10 +97,11 @@ def suites(device: str) -> dict[str, list[Row]]:
     }
 
 
-def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kernels: int) -> list[str]:
+def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], kernels: int) -> list[str]:
     """The rows of one case in Markdown, with the kernels that took most of the time."""
     pairs = [(name, precision) for precision in row.precisions for name in (*row.contenders, "matmul")]
-    best = {pair: best_threads(pair, row.case, threads) for pair in pairs}
+    image = replace(row.case, sizes=row.case.sizes[:1])
+    best = {pair: best_threads(pair, image, threads) for pair in pairs}
     workers: dict[Contender, Worker] = {}
     seconds: dict[Contender, list[float]] = {pair: [] for pair in pairs}
     for turn in range(runs):
@@ -136,12 +138,13 @@ def measure(row: Row, *, runs: int, processes: int, threads: Sequence[int], kern
     return lines
 
 
-def best_threads(contender: Contender, case: Case, threads: Sequence[int]) -> int:
-    """The number of threads that the contender is fastest with on the first image of the case."""
-    taken: dict[int, float] = {}
-    for count in threads:
-        worker = Worker(*contender, replace(case, sizes=case.sizes[:1]), count)
-        taken[count] = min(worker.warm_up(), worker.run())
+@cache
+def best_threads(contender: Contender, image: Case, threads: tuple[int, ...]) -> int:
+    """The number of threads that the contender is fastest with on one image."""
+    workers = {count: Worker(*contender, image, count) for count in threads}
+    warm = {count: worker.warm_up() for count, worker in workers.items()}
+    taken = {count: min(warm[count], worker.run()) for count, worker in workers.items()}
+    for worker in workers.values():
         worker.close()
     return min(taken, key=taken.__getitem__)
 
@@ -237,7 +240,7 @@ def main(
         write(output, remarks, table)
     for row in rows:
         case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
-        table += measure(case, runs=runs, processes=processes, threads=sorted({1, cores}), kernels=kernels)
+        table += measure(case, runs=runs, processes=processes, threads=tuple({1, cores}), kernels=kernels)
         write(output, remarks, table)
 
 
