@@ -113,6 +113,7 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
                 worker.warm_up()
         for pair, worker in workers.items():
             seconds[pair].append(worker.run())
+    first = row.contenders[0]
     medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
     peaks = {pair: worker.peak() for pair, worker in workers.items()}
     flops = {name: workers[name, row.precisions[0]].flops() for name in (*row.contenders, "matmul")}
@@ -125,7 +126,10 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
             cells = [
                 *(str(row.case), precision, name, str(worker.threads), *in_cells(seconds[pair])),
                 f"{len(row.case.sizes) / median:.2f}",
-                *(f"{medians[row.contenders[0], of] / median:.2f}" for of in (row.precisions[0], precision)),
+                *(
+                    f"{medians[first, of] / median:.2f}" if of in row.precisions else "-"
+                    for of in ("float32", precision)
+                ),
                 *(f"{peaks[pair]:.0f}", f"{flops[name] / median / peak_rate:.0%}"),
             ]
             if kernels:
