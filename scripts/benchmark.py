@@ -115,16 +115,16 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
             seconds[pair].append(worker.run())
     first = row.contenders[0]
     medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
-    peaks = {pair: worker.peak() for pair, worker in workers.items()}
+    peaks = {pair: worker.peak() for pair, worker in workers.items()}  # before operations are counted, in one more run
     flops = {name: workers[name, row.precisions[0]].flops() for name in (*row.contenders, "matmul")}
     lines = []
     for precision in row.precisions:
         peak_rate = flops["matmul"] / medians["matmul", precision]
         for name in row.contenders:
             pair = name, precision
-            worker, median = workers[pair], medians[pair]
+            median = medians[pair]
             cells = [
-                *(str(row.case), precision, name, str(worker.threads), *in_cells(seconds[pair])),
+                *(str(row.case), precision, name, str(best[pair]), *in_cells(seconds[pair])),
                 f"{len(row.case.sizes) / median:.2f}",
                 *(
                     f"{medians[first, of] / median:.2f}" if of in row.precisions else "-"
@@ -133,7 +133,7 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
                 *(f"{peaks[pair]:.0f}", f"{flops[name] / median / peak_rate:.0%}"),
             ]
             if kernels:
-                shares = list(worker.kernels().items())[:kernels]
+                shares = list(workers[pair].kernels().items())[:kernels]
                 cells.append(", ".join(f"{kernel} {share:.0%}" for kernel, share in shares))
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
@@ -244,7 +244,7 @@ def main(
         write(output, remarks, table)
     for row in rows:
         case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
-        table += measure(case, runs=runs, processes=processes, threads=tuple({1, cores}), kernels=kernels)
+        table += measure(case, runs=runs, processes=processes, threads=tuple(sorted({1, cores})), kernels=kernels)
         write(output, remarks, table)
 
 

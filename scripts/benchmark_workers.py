@@ -25,7 +25,7 @@ class Worker:
     """A contender in a process of its own, which starts in the background."""
 
     def __init__(self, name: str, precision: Precision, case: Case, threads: int) -> None:
-        self.name, self.precision, self.threads = name, precision, threads
+        self.name = name
         os.environ["OMP_NUM_THREADS"] = str(threads)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
