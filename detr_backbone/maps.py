@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from detr_backbone.nested_tensor import Size
@@ -53,7 +55,7 @@ def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
 
 
 def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
-    """An output as [B, C, h, w], without a copy.
+    """An output as [B, C, h, w], without a copy; its gradient comes to the network in the output's memory format.
 
     Args:
         output: of this layout.
@@ -67,16 +69,29 @@ def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
               [3., 4., 5.]]]])
     """
     if layout.axes == "NHWC":
-        return output.permute(0, 3, 1, 2)
+        output = output.permute(0, 3, 1, 2)
     if layout.axes == "NLC":
         cells = (image[0] // layout.stride, image[1] // layout.stride)
-        return output[:, layout.prefix :].transpose(1, 2).reshape(len(output), layout.channels, *cells)
-    return output
+        output = output[:, layout.prefix :].transpose(1, 2).reshape(len(output), layout.channels, *cells)
+    return _taking_gradients_like_itself(output)
 
 
 def size_of(images: Tensor) -> Size:
     """(H, W) of a batch [B, C, H, W]."""
     return images.shape[-2], images.shape[-1]
+
+
+def _taking_gradients_like_itself(maps: Tensor) -> Tensor:
+    """Maps whose gradient, should it come in planes to channels side by side, is copied once, on its way in.
+
+    Gradients are added up in the memory format of the first, and every sum of two formats takes ten times as long.
+    """
+    side_by_side = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    if maps.requires_grad and side_by_side and not torch.compiler.is_compiling():
+        maps = maps.view_as(maps)  # a hook on the output itself would see the sum
+        register: Any = maps.register_hook
+        register(partial(Tensor.contiguous, memory_format=torch.channels_last))
+    return maps
 
 
 def _stride(cells: Size, image: Size) -> int:

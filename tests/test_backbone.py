@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from torch import Tensor
 
 from detr_backbone import (
     Backbone,
@@ -201,3 +202,17 @@ def test_layers_inside_of_stages_make_levels_too() -> None:
 
     assert (backbone.strides, backbone.channels) == ((8, 32), (128, 512))
     assert list(backbone.state_dict()) == [f"body.{key}" for key in backbone.body.state_dict()]
+
+
+def test_gradients_enter_the_network_in_the_memory_format_of_its_maps() -> None:
+    backbone = Backbone("resnet18", return_interm_layers=True)
+    formats = []
+
+    def watch(_: object, __: object, outputs: dict[str, Tensor]) -> None:
+        for output in list(outputs.values())[1:]:  # the first stage does not train
+            output.register_hook(lambda total: formats.append(total.is_contiguous(memory_format=torch.channels_last)))
+
+    backbone.body.register_forward_hook(watch)
+    levels = [level.tensors for level in backbone(torch.rand(1, 3, 64, 96)).values()]
+    torch.autograd.backward(levels[1:], [torch.ones(level.shape) for level in levels[1:]])
+    assert formats == [True] * 3

@@ -1,11 +1,14 @@
 """A padded batch computed image by image gives what the batch gives."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone import Backbone, NestedTensor, nested_tensor_from_tensor_list
-from detr_backbone.image_by_image import is_faster_image_by_image
+from detr_backbone.image_by_image import _Together, is_faster_image_by_image
 
 SIZES = ((320, 352), (67, 131))
 
@@ -108,3 +111,11 @@ def test_a_subclass_adds_its_own_once(images: NestedTensor) -> None:
 
 def test_levels_keep_the_memory_format(backbone: Backbone, images: NestedTensor) -> None:
     assert all(level.tensors.is_contiguous(memory_format=torch.channels_last) for level in backbone(images).values())
+
+
+def test_images_put_together_pass_their_gradients_on() -> None:
+    maps = [torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True) for size in ((2, 3), (4, 1), (3, 4))]
+    apply = partial(_Together.apply, (4, 4))
+    padded = [F.pad(cells, (0, 4 - cells.shape[3], 0, 4 - cells.shape[2])) for cells in maps]
+    assert torch.equal(apply(*maps), torch.cat(padded))
+    assert torch.autograd.gradcheck(apply, maps)
