@@ -47,6 +47,17 @@ def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
     return tuple((-(-h // stride), -(-w // stride)) for h, w in sizes)
 
 
+def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Maps [B, C, H, W] with zeros, in place, beyond each one's own (h, w).
+
+    Writing only the padded cells costs next to nothing.
+    """
+    for cells, (h, w) in zip(maps, sizes, strict=True):
+        cells[:, h:].zero_()
+        cells[:, :h, w:].zero_()
+    return maps
+
+
 def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding: Padding) -> NestedTensor:
     """A feature map as a level of its image batch: with the mask, and in exact mode with zeros in the padded cells.
 
@@ -265,10 +276,7 @@ def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | N
         return torch.where(mask[:, None], 0.0, features)  # masked_fill would not keep the memory format
     if features.device.type != "cpu":  # one kernel for the batch
         return features.masked_fill_(mask[:, None], 0)
-    for image, (h, w) in zip(features, sizes, strict=True):  # writing only the padded cells costs next to nothing
-        image[:, h:].zero_()
-        image[:, :h, w:].zero_()
-    return features
+    return zero_beyond(features, sizes)
 
 
 def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
