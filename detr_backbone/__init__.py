@@ -13,9 +13,10 @@ Q queries, K classes, P num_pos_feats, L decoder layers or levels. Sizes are (h,
 """
 
 from detr_backbone.backbone import Backbone, BackboneBase, BackboneConfig, Joiner, build_backbone
-from detr_backbone.describe import describe
-from detr_backbone.description import Description, LayerDescription
-from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
+from detr_backbone.calibration import calibrate_frozen_batch_norm
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
+from detr_backbone.inspection.describe import describe
+from detr_backbone.inspection.table import Description, LayerDescription
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from detr_backbone.position_encoding import (

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from detr_backbone.errors import ConfigError
-from detr_backbone.layer_getter import unknown_name
-from detr_backbone.padding import ExactPadding
+from detr_backbone.errors import ConfigError, unknown_name
+from detr_backbone.padding.exact import ExactPadding
 
 
 def checkpoint_layers(body: nn.Module, paths: Sequence[str], exact_padding: ExactPadding | None) -> None:

@@ -11,25 +11,18 @@ from torch import Tensor, nn
 
 from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
-from detr_backbone.exactness import find_leak, is_plain_resnet
 from detr_backbone.folding import fold_frozen_batch_norm
-from detr_backbone.image_by_image import each_image, is_faster_image_by_image, together
 from detr_backbone.layer_getter import IntermediateLayerGetter
-from detr_backbone.maps import as_map, size_of
-from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
-from detr_backbone.networks import Survey, build_network, train_only
-from detr_backbone.norms import Norm, set_norm
-from detr_backbone.padding import (
-    ExactPadding,
-    Padding,
-    feature_level,
-    measure,
-    pad_to_multiple,
-    refuse_leaky_layers,
-    valid_sizes,
-)
+from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor, pad_to_multiple, size_of, valid_sizes
+from detr_backbone.networks.build import build_network, train_only
+from detr_backbone.networks.geometry import as_map, measure
+from detr_backbone.networks.norms import Norm, set_norm
+from detr_backbone.networks.stages import Survey
+from detr_backbone.networks.weights import WeightsReport, load_weights
+from detr_backbone.padding.by_size import each_image, is_faster_image_by_image, together
+from detr_backbone.padding.exact import ExactPadding, Padding, feature_level, refuse_leaky_layers
+from detr_backbone.padding.trial import find_leak, is_plain_resnet
 from detr_backbone.position_encoding import PositionEncodingConfig, build_position_encoding
-from detr_backbone.weights import WeightsReport, load_weights
 
 logger = logging.getLogger(__name__)
 

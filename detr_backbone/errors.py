@@ -4,6 +4,9 @@ A message says what is wrong, where (file, key, image_id, index), what came, wha
 exception that takes exactly one string can be pickled, so it crosses from a DataLoader worker to the user unharmed.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class DetrBackboneError(ValueError):
     """Anything below: a fault in what the user gave, which the user can mend."""
@@ -35,3 +38,17 @@ class EvaluationError(DetrBackboneError):
 
 class CheckpointError(DetrBackboneError):
     """A training checkpoint that is damaged, incomplete, or belongs to another configuration."""
+
+
+def unknown_name(name: str, known: Iterable[str], *, also: Iterable[str] = ()) -> str:
+    """What to tell a user who asked for a name that does not exist: what exists, and the nearest match.
+
+    Args:
+        name: what was asked for.
+        known: the names to list.
+        also: more names that may be the nearest match, too many to list.
+    """
+    known = list(known)
+    nearest = difflib.get_close_matches(name, [*known, *also], n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"got {name!r}, expected one of {', '.join(known)}{hint}"

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.meta import on_meta
+from detr_backbone.networks.dry_run import on_meta
 from detr_backbone.weight_gradient import convolve
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Size: TypeAlias = tuple[int, int]
@@ -185,3 +186,43 @@ def _sizes_from_mask(mask: Tensor) -> tuple[Size, ...]:
         if 0 in size:
             raise ValueError(f"`mask[{index}]` must leave at least one cell valid, got padding only")
     return tuple(sizes)
+
+
+def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
+    """Valid (h, w) of each image in cells of `stride` pixels, by ceiling division.
+
+    >>> valid_sizes([(97, 131), (64, 32)], stride=32)
+    ((4, 5), (2, 1))
+    """
+    return tuple((-(-h // stride), -(-w // stride)) for h, w in sizes)
+
+
+def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Maps [B, C, H, W] with zeros, in place, beyond each one's own (h, w).
+
+    Writing only the padded cells costs next to nothing.
+    """
+    for cells, (h, w) in zip(maps, sizes, strict=True):
+        cells[:, h:].zero_()
+        cells[:, :h, w:].zero_()
+    return maps
+
+
+def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
+    """The batch with sides that `divisor` divides, padded at the bottom and on the right; itself where they are.
+
+    >>> batch = NestedTensor(torch.ones(1, 3, 33, 64), None)
+    >>> pad_to_multiple(batch, 32)
+    NestedTensor([1, 3, 64, 64], torch.float32, device='cpu', sizes=[(33, 64)])
+    """
+    height, width = images.tensors.shape[-2:]
+    missing = (0, -width % divisor, 0, -height % divisor)
+    if not any(missing):
+        return images
+    sizes = None if torch.compiler.is_compiling() else images.sizes  # see `feature_level`
+    return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
+
+
+def size_of(images: Tensor) -> Size:
+    """(H, W) of a batch [B, C, H, W]."""
+    return images.shape[-2], images.shape[-1]

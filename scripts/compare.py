@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from detr_backbone.coco.annotations import load_annotations
-from detr_backbone.coco.box_format import refuse_other_formats
-from detr_backbone.coco.detections import load_detections
-from detr_backbone.coco.intervals import compare
-from detr_backbone.coco.matching import match
+from detr_backbone.evaluation.box_format import refuse_other_formats
+from detr_backbone.evaluation.detections import load_detections
+from detr_backbone.evaluation.intervals import compare
+from detr_backbone.evaluation.matching import match
 from detr_backbone.training import parse_options, plain_errors
 
 

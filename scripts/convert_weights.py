@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from detr_backbone.networks import build_network
+from detr_backbone.networks.build import build_network
+from detr_backbone.networks.weights import rename_in_order
 from detr_backbone.training import parse_options, plain_errors
-from detr_backbone.weights import rename_in_order
 
 
 def main(*, source: str, name: str, output: str) -> None:

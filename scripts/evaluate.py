@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from detr_backbone.coco.backends import Backend
-from detr_backbone.coco.evaluator import CocoEvaluator, CocoResult
-from detr_backbone.coco.intervals import resample_intervals
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
+from detr_backbone.evaluation.backends import Backend
+from detr_backbone.evaluation.evaluator import CocoEvaluator, CocoResult
+from detr_backbone.evaluation.intervals import resample_intervals
 from detr_backbone.report import origin, write_report
 from detr_backbone.training import (
     SplitConfig,

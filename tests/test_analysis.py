@@ -10,7 +10,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detr_backbone.coco.analysis import (
+from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
+from detr_backbone.evaluation.analysis import (
     calibration,
     confusion,
     curves,
@@ -18,10 +19,9 @@ from detr_backbone.coco.analysis import (
     operating_point,
     precision_at_recalls,
 )
-from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
-from detr_backbone.coco.detections import Detections
-from detr_backbone.coco.error_kinds import KINDS, Mistakes, mistakes
-from detr_backbone.coco.matching import Matches, match
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.matching import Matches, match
+from detr_backbone.evaluation.mistakes import KINDS, Mistakes, mistakes
 
 Box = tuple[float, float, float, float]
 Case = tuple[CocoAnnotations, Detections, Matches]

@@ -1,6 +1,7 @@
 """Where everything stands, and that imports point down only."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,39 +10,17 @@ from tests.conftest import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
 
-COMPONENT = {
-    "__init__",
-    "activation_checkpointing",
-    "backbone",
-    "describe",
-    "description",
-    "errors",
-    "exactness",
-    "frozen_batch_norm",
-    "image_by_image",
-    "input_channels",
-    "layer_getter",
-    "folding",
-    "layer_strategies",
-    "maps",
-    "meta",
-    "nested_tensor",
-    "networks",
-    "norms",
-    "padding",
-    "position_encoding",
-    "threads",
-    "weight_gradient",
-    "weights",
-}
+COMPONENT = {"layer_getter", "networks", "padding", "inspection"}
+"""Folders of the component; the modules beside them belong to it too."""
 # part -> the parts it may import from, besides itself
 MAY_IMPORT = {
     "component": set(),
     "detectors": {"component"},
     "coco": {"component"},
+    "evaluation": {"component", "coco"},
     "visualize": {"component"},
-    "report": {"component", "coco"},
-    "training": {"component", "detectors", "coco", "visualize"},
+    "report": {"component", "coco", "evaluation"},
+    "training": {"component", "detectors", "coco", "evaluation", "visualize"},
 }
 # what the component may import: torch, torchvision and the standard library; inside of the one function that needs it,
 # safetensors to read such a file, and timm to build a network of that name
@@ -51,9 +30,24 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(module: Path) -> str:
-    relative = module.relative_to(PACKAGE)
-    first = relative.parts[0].removesuffix(".py")
-    return "component" if len(relative.parts) == 1 and first in COMPONENT else first
+    folder = module.relative_to(PACKAGE).parts[0]
+    return "component" if folder.endswith(".py") or folder in COMPONENT else folder
+
+
+def imported_files(module: Path) -> set[Path]:
+    """The files of this package that a module imports, wherever in it the import stands."""
+    files = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module.name}: imports are absolute"
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            path = ROOT.joinpath(*name.split("."))
+            files |= {file for file in (path.with_suffix(".py"), path / "__init__.py") if file in MODULES}
+    return files - {module}
 
 
 def imports_of(module: Path) -> list[str]:
@@ -62,7 +56,6 @@ def imports_of(module: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module.name}: imports are absolute"
             names.append(str(node.module))
     return names
 
@@ -72,10 +65,22 @@ def test_every_file_has_a_place_and_imports_point_down(module: Path) -> None:
     part = part_of(module)
     assert part in MAY_IMPORT, f"{module} has no place: give it one in MAY_IMPORT or move it"
 
-    for name in imports_of(module):
-        if name.split(".")[0] == "detr_backbone":
-            target = part_of(PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py")) if "." in name else "component"
-            assert target in MAY_IMPORT[part] | {part}, f"{part} must not import {name}"
+    for file in imported_files(module):
+        assert part_of(file) in MAY_IMPORT[part] | {part}, f"{part} must not import {file.relative_to(ROOT)}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Nor for annotations alone: two files that need each other are one, or one of them stands too low."""
+    order = TopologicalSorter({_name(module): map(_name, imported_files(module)) for module in MODULES})
+    order.prepare()  # raises CycleError, with the files of the circle
+
+
+def _name(module: Path) -> str:
+    return str(module.relative_to(ROOT))
+
+
+def test_the_root_holds_what_a_reader_of_detr_looks_for() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 11  # with __init__
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) == "component"], ids=lambda module: module.stem)
@@ -103,7 +108,7 @@ def test_pickle_never_crosses_ranks_and_no_loader_falls_back() -> None:
 
 def test_a_script_starts_without_what_only_its_work_needs(process: Command, tmp_path: Path) -> None:
     """`--help` and most errors come before it; torchvision alone, which loads torch's compiler, doubles their time."""
-    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py") if not path.stem.startswith("benchmark")]
+    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py")]
     read = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]; print(*sys.modules)"
     loaded = process(tmp_path, "-c", read, *scripts).stdout.split()
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from detr_backbone import BackboneConfig, IntermediateLayerGetter, build_backbone, describe
 from detr_backbone.backbone import BackboneBase
-from detr_backbone.description import LayerDescription
 from detr_backbone.detectors import DETR, Transformer
 from detr_backbone.errors import ConfigError
+from detr_backbone.inspection.table import LayerDescription
 
 
 class Tiny(nn.Module):

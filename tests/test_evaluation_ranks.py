@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, multiprocessing, nn
 
 from detr_backbone.coco.dataset import CocoDetection
-from detr_backbone.coco.evaluator import CocoEvaluator
 from detr_backbone.coco.transforms import TransformConfig, make_transforms
 from detr_backbone.detectors import PostProcess
+from detr_backbone.evaluation.evaluator import CocoEvaluator
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.config import DataConfig
 from detr_backbone.training.devices import build_accelerator

@@ -15,10 +15,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detr_backbone.coco.annotations import parse_annotations
-from detr_backbone.coco.average_precision import average_precision
-from detr_backbone.coco.backends import Backend
-from detr_backbone.coco.evaluator import STATS, CocoEvaluator
 from detr_backbone.errors import EvaluationError
+from detr_backbone.evaluation.average_precision import average_precision
+from detr_backbone.evaluation.backends import Backend
+from detr_backbone.evaluation.evaluator import STATS, CocoEvaluator
 from tests import coco_sets
 
 HALF = 51 / 101
@@ -510,7 +510,7 @@ def test_an_untrained_detector_is_evaluated() -> None:
 
 
 def test_the_table_shows_intervals_beside_the_numbers() -> None:
-    from detr_backbone.coco.intervals import resample_intervals
+    from detr_backbone.evaluation.intervals import resample_intervals
 
     evaluator = CocoEvaluator(toy())
     evaluator.update({1: found(RIGHT), 2: found()})

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone import Backbone, NestedTensor, nested_tensor_from_tensor_list
-from detr_backbone.image_by_image import _Together, is_faster_image_by_image
+from detr_backbone.padding.by_size import _Together, is_faster_image_by_image
 
 SIZES = ((320, 352), (67, 131))
 

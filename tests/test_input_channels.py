@@ -7,7 +7,7 @@ from timm.models import adapt_input_conv
 
 from detr_backbone import Backbone
 from detr_backbone.errors import ConfigError
-from detr_backbone.input_channels import adapt_input_weight, first_convolution
+from detr_backbone.networks.input_channels import adapt_input_weight, first_convolution
 
 
 @pytest.mark.parametrize("in_channels", [1, 2, 3, 4, 7, 13])

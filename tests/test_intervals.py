@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_backbone.coco.average_precision import STATS, average_precision
-from detr_backbone.coco.halves import draw_weights, spreads_of
-from detr_backbone.coco.intervals import compare, resample_intervals
-from detr_backbone.coco.matching import Matches, match
-from detr_backbone.coco.simulation import simulate
 from detr_backbone.errors import EvaluationError
+from detr_backbone.evaluation.average_precision import STATS, average_precision
+from detr_backbone.evaluation.half_sampling import draw_weights, spreads_of
+from detr_backbone.evaluation.intervals import compare, resample_intervals
+from detr_backbone.evaluation.matching import Matches, match
+from detr_backbone.evaluation.simulation import simulate
 from tests.coco_sets import plain_pycocotools, random_set
 from tests.test_matching import matched
 

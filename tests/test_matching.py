@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
-from detr_backbone.coco.average_precision import average_precision
-from detr_backbone.coco.detections import Detections
-from detr_backbone.coco.matching import AREAS, IOU_THRESHOLDS, Matches, match
 from detr_backbone.errors import EvaluationError
+from detr_backbone.evaluation.average_precision import average_precision
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.matching import AREAS, IOU_THRESHOLDS, Matches, match
 from tests.coco_sets import plain_pycocotools, random_set
 
 

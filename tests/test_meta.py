@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError
-from detr_backbone.meta import on_meta
-from detr_backbone.networks import build_network
+from detr_backbone.networks.build import build_network
+from detr_backbone.networks.dry_run import on_meta
 
 SIZE = (64, 96)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detr_backbone import Backbone, FrozenBatchNorm2d
 from detr_backbone.errors import ConfigError
-from detr_backbone.networks import build_network
+from detr_backbone.networks.build import build_network
 
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 # one network of every family of torchvision, and of more of timm's than most use, small ones

@@ -10,7 +10,7 @@ from torch import nn
 
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, calibrate_frozen_batch_norm
 from detr_backbone.errors import ConfigError
-from detr_backbone.norms import convert_batch_norm, freeze_batch_norm
+from detr_backbone.networks.norms import convert_batch_norm, freeze_batch_norm
 
 ALL = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 

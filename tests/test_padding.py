@@ -13,7 +13,9 @@ from torch import nn
 
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, nested_tensor_from_tensor_list
 from detr_backbone.errors import ConfigError
-from detr_backbone.padding import feature_level, measure, valid_sizes
+from detr_backbone.nested_tensor import valid_sizes
+from detr_backbone.networks.geometry import measure
+from detr_backbone.padding.exact import feature_level
 
 
 def with_random_statistics(backbone: Backbone) -> Backbone:

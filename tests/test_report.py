@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_backbone.coco.evaluator import CocoEvaluator
-from detr_backbone.coco.intervals import resample_intervals
+from detr_backbone.evaluation.evaluator import CocoEvaluator
+from detr_backbone.evaluation.intervals import resample_intervals
 from detr_backbone.report import origin, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

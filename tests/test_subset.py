@@ -13,10 +13,10 @@ from pycocotools.coco import COCO
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
 from detr_backbone.coco.dataset import CocoDetection
-from detr_backbone.coco.evaluator import CocoEvaluator
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.subset import image_ids_sha256, only, take_subset, write_subset
 from detr_backbone.errors import ConfigError, DataError
+from detr_backbone.evaluation.evaluator import CocoEvaluator
 
 
 def content(images: int = 40, first: int = 1) -> dict[str, Any]:

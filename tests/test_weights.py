@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr_backbone import Backbone
 from detr_backbone.errors import WeightsError
-from detr_backbone.weights import download, load_weights
+from detr_backbone.networks.weights import download, load_weights
 
 NETWORK = torchvision.models.resnet18()
 STATE = NETWORK.state_dict()

@@ -15,12 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from detr_backbone.coco.annotations import read_content
 from detr_backbone.coco.check_report import CheckedSplit
 from detr_backbone.coco.files import examine_files
-from detr_backbone.coco.findings import (
-    EXAMPLES,
-    Finding,
-    Findings,
-    found,
-)
+from detr_backbone.coco.findings import EXAMPLES, Finding, Findings, found
 from detr_backbone.coco.images import examine_image
 from detr_backbone.coco.rules import Content, examine_content, more_boxes_than_queries
 from detr_backbone.coco.segmentations import Packer

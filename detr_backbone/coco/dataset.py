@@ -19,8 +19,7 @@ from detr_backbone.coco.boxes import MOVED_TOLERANCE, clip
 from detr_backbone.coco.files import examine_files
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.images import read_image
-from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
-from detr_backbone.padding import pad_to_multiple
+from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list, pad_to_multiple
 
 
 class Target(TypedDict):

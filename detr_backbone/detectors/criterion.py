@@ -13,14 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from detr_backbone.detectors.matcher import (
-    FOCAL_GAMMA,
-    HungarianMatcher,
-    Match,
-    Target,
-    generalized_iou,
-    image_name,
-)
+from detr_backbone.detectors.matcher import FOCAL_GAMMA, HungarianMatcher, Match, Target, generalized_iou, image_name
 from detr_backbone.errors import NumericsError
 
 BORDER = 0.01  # how far, in image sizes, a target box may reach over the border: rounded annotations do, by a pixel

@@ -18,7 +18,7 @@ from detr_backbone.detectors.precision import at_least_float32, outside_autocast
 from detr_backbone.detectors.references import refine
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
-from detr_backbone.padding import feature_level
+from detr_backbone.padding.exact import feature_level
 
 GROUPS = 32
 PRIOR_PROBABILITY = 0.01

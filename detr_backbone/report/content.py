@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from detr_backbone.coco.analysis import (
+from detr_backbone.coco.annotations import CocoAnnotations
+from detr_backbone.evaluation.analysis import (
     OperatingPoint,
     calibration,
     confusion,
@@ -16,12 +17,11 @@ from detr_backbone.coco.analysis import (
     operating_point,
     right_and_wrong,
 )
-from detr_backbone.coco.annotations import CocoAnnotations
-from detr_backbone.coco.average_precision import RECALLS, STATS, average_precision
-from detr_backbone.coco.detections import Detections
-from detr_backbone.coco.error_kinds import KINDS, Mistakes
-from detr_backbone.coco.intervals import Interval, Intervals
-from detr_backbone.coco.matching import AREA_RANGES, AREAS, Matches
+from detr_backbone.evaluation.average_precision import RECALLS, STATS, average_precision
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.intervals import Interval, Intervals
+from detr_backbone.evaluation.matching import AREA_RANGES, AREAS, Matches
+from detr_backbone.evaluation.mistakes import KINDS, Mistakes
 
 Summary: TypeAlias = dict[str, Any]
 """Dicts, lists, strings, numbers, and None for a number that does not exist."""

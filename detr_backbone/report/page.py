@@ -5,16 +5,8 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from detr_backbone.coco.error_kinds import KINDS
-from detr_backbone.report.charts import (
-    interval_bar,
-    matrix,
-    percent,
-    reliability,
-    signed_bars,
-    spark_steps,
-    step_lines,
-)
+from detr_backbone.evaluation.mistakes import KINDS
+from detr_backbone.report.charts import interval_bar, matrix, percent, reliability, signed_bars, spark_steps, step_lines
 from detr_backbone.report.content import BACKGROUND, MEANINGS, Summary
 
 OTHERS = "(others)"

@@ -10,11 +10,11 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from detr_backbone.coco.analysis import right_and_wrong
 from detr_backbone.coco.annotations import CocoAnnotations
-from detr_backbone.coco.detections import Detections
-from detr_backbone.coco.error_kinds import KINDS, Mistakes
-from detr_backbone.coco.matching import Matches
+from detr_backbone.evaluation.analysis import right_and_wrong
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.matching import Matches
+from detr_backbone.evaluation.mistakes import KINDS, Mistakes
 
 SIDE = 420
 """Pixels of the longer side of a picture on the page."""

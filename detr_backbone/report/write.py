@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from detr_backbone.coco.annotations import CocoAnnotations
-from detr_backbone.coco.detections import Detections
-from detr_backbone.coco.error_kinds import KINDS, mistakes
 from detr_backbone.coco.images import read_image
-from detr_backbone.coco.intervals import Intervals
-from detr_backbone.coco.matching import Matches
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.intervals import Intervals
+from detr_backbone.evaluation.matching import Matches
+from detr_backbone.evaluation.mistakes import KINDS, mistakes
 from detr_backbone.report.charts import percent
 from detr_backbone.report.content import Summary, summarise
 from detr_backbone.report.page import render

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from detr_backbone.coco.backends import Backend
 from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
+from detr_backbone.evaluation.backends import Backend
 
 
 @dataclass(frozen=True, kw_only=True)

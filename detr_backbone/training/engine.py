@@ -5,23 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detr_backbone.calibration import calibrate_frozen_batch_norm
 from detr_backbone.coco.annotations import refuse
 from detr_backbone.coco.dataset import CocoDetection
-from detr_backbone.coco.evaluator import CocoResult
 from detr_backbone.coco.findings import KINDS
 from detr_backbone.coco.rules import more_boxes_than_queries
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
-from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, calibrate_frozen_batch_norm
+from detr_backbone.evaluation.evaluator import CocoResult
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.nested_tensor import NestedTensor
-from detr_backbone.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    refuse_another_run,
-    restore,
-    save_checkpoint,
-)
+from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, refuse_another_run, restore, save_checkpoint
 from detr_backbone.training.config import TrainConfig, config_to_dict, save_config
 from detr_backbone.training.data import Loader, open_split, seed_epoch, train_loader
 from detr_backbone.training.devices import build_accelerator

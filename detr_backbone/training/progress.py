@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_backbone.coco.average_precision import STATS
+from detr_backbone.evaluation.average_precision import STATS
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.data import Batch, Loader
 

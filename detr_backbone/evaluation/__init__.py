@@ -1,0 +1,1 @@
+"""Judging detections: COCO's numbers, how sure they are, and what lies behind them."""

@@ -1,0 +1,130 @@
+"""Three ways to take named features out of a network's forward, and the choice of the one that is right for it.
+
+The network is traced, which computes nothing: its graph shows whether the forward is the children in sequence, and is
+the computation itself where it is not. A trace that could miss something fails, and then the network runs untouched.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Protocol, cast
+
+from torch import Tensor, fx, nn
+
+from detr_backbone.forward_pass import current_thread
+from detr_backbone.layer_getter.tracing import AllReturned, Outputs, Untraceable, by_module, code, trace
+
+
+class Strategy(Protocol):
+    """A way to compute the outputs asked for, by name, in the order in which the network computes them."""
+
+    name: str
+    network: nn.Module
+    """Holds the modules and parameters that are needed, under the paths that they have in the model."""
+
+    def __call__(self, x: Tensor) -> dict[str, Any]: ...
+
+
+def choose(model: nn.Module, return_layers: Mapping[str, str]) -> Strategy:
+    """The first of `Walk`, `Graph` and `Hooks` that computes what the model computes.
+
+    Args:
+        model: any module that takes one input.
+        return_layers: path of an inner module -> name of its output.
+
+    Raises:
+        ValueError: the forward, as far as a trace can tell, does not reach a layer that is asked for.
+    """
+    try:
+        graph, in_evaluation = (trace(model, return_layers, training=training) for training in (True, False))
+    except (Exception, Untraceable):  # given a tracer's proxy, a forward may raise anything
+        return Hooks(model, return_layers)
+    if code(graph) != code(in_evaluation):
+        return Hooks(model, return_layers)
+    _check_reached(return_layers, cast(dict[str, fx.Node], graph.output_node().args[0]))
+    children = _children_in_sequence(model, graph)
+    return Walk(model, children, return_layers) if children else Graph(model, graph)
+
+
+class Walk:
+    """Runs children in sequence."""
+
+    name = "sequential"
+
+    def __init__(self, model: nn.Module, children: Iterable[str], return_layers: Mapping[str, str]) -> None:
+        self.network = nn.Module()
+        self.network.training = model.training
+        for child in children:
+            self.network.add_module(child, model.get_submodule(child))
+        self._return_layers = dict(return_layers)
+
+    def __call__(self, x: Tensor) -> dict[str, Any]:
+        outputs = {}
+        for child, module in self.network.named_children():
+            x = module(x)
+            if child in self._return_layers:
+                outputs[self._return_layers[child]] = x
+        return outputs
+
+
+class Graph:
+    """Runs the traced forward, which ends at the last layer asked for."""
+
+    name = "graph"
+
+    def __init__(self, model: nn.Module, traced: fx.Graph) -> None:
+        graph = fx.Graph()  # without the tracer's class, which unpickling would try to build
+        graph.output(graph.graph_copy(traced, {}))
+        self.network: nn.Module = fx.GraphModule(model, graph, class_name=type(model).__name__)
+
+    def __call__(self, x: Tensor) -> dict[str, Any]:
+        return dict(self.network(x))
+
+
+class Hooks:
+    """Runs the model itself, and leaves its forward when the last layer asked for has returned."""
+
+    name = "hooks"
+
+    def __init__(self, model: nn.Module, return_layers: Mapping[str, str]) -> None:
+        self.network = model
+        self._return_layers = dict(return_layers)
+        self._wanted = by_module(model, return_layers)
+        # Keyed by thread: a server may run one network in several threads at once.
+        self._running: dict[int, Outputs] = {}
+        for module in self._wanted:
+            module.register_forward_hook(self._returned)
+
+    def __call__(self, x: Tensor) -> dict[str, Any]:
+        thread = current_thread()
+        outputs = self._running[thread] = Outputs(self._wanted)
+        try:
+            with suppress(AllReturned):
+                self.network(x)
+        finally:
+            del self._running[thread]
+        _check_reached(self._return_layers, outputs)
+        return dict(outputs)
+
+    def _returned(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        outputs = self._running.get(current_thread())
+        if outputs is not None:
+            outputs.add(module, output)
+
+
+def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """The children that the graph calls, if these are the first ones in their order, each fed by the one before it.
+
+    Empty if the graph does anything else.
+    """
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    children = [name for name, _ in model.named_children()][: len(calls)]
+    in_sequence = [node.target for node in calls if node.op == "call_module"] == children and all(
+        node.args == (node.prev,) and not node.kwargs for node in calls
+    )
+    return children if in_sequence else []
+
+
+def _check_reached(return_layers: Mapping[str, str], outputs: Collection[str]) -> None:
+    missing = [path for path, name in return_layers.items() if name not in outputs]
+    if missing:
+        raise ValueError(f"`return_layers` must name layers that the forward calls, it never called {missing}")

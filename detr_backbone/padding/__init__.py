@@ -1,0 +1,1 @@
+"""Exact padding: an image's features never depend on who shares its batch."""
