@@ -12,7 +12,7 @@ Letters in shapes, everywhere in this package: B images, C channels, H W padded 
 Q queries, K classes, P num_pos_feats, L decoder layers or levels. Sizes are (h, w).
 """
 
-from detr_backbone.backbone import Backbone, BackboneBase, BackboneConfig, Joiner, build_backbone
+from detr_backbone.backbone import Backbone, BackboneBase, BackboneConfig, Joiner, build_backbone, fold_for_inference
 from detr_backbone.calibration import calibrate_frozen_batch_norm
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.inspection.describe import describe
@@ -43,5 +43,6 @@ __all__ = [
     "build_position_encoding",
     "calibrate_frozen_batch_norm",
     "describe",
+    "fold_for_inference",
     "nested_tensor_from_tensor_list",
 ]

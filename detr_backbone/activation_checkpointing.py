@@ -4,7 +4,7 @@ Source: arXiv 1604.06174.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from detr_backbone.errors import ConfigError, unknown_name
-from detr_backbone.padding.exact import ExactPadding
+from detr_backbone.forward_pass import Pass, PerThread
 
 
-def checkpoint_layers(body: nn.Module, paths: Sequence[str], exact_padding: ExactPadding | None) -> None:
+def checkpoint_layers(body: nn.Module, paths: Sequence[str], passes: PerThread[Pass]) -> None:
     """Let layers of a network keep their inputs only; what a layer gives, its gradients and its keys stay the same.
 
     Args:
         body: the network; its layers are changed in place.
         paths: of the layers, such as the stages of a ResNet; one by one, for a layer is computed again as a whole.
-        exact_padding: what keeps padding out of `body`, so that it is kept out of the second computation too.
+        passes: those of the backbone that runs the network; a layer is computed again within the same pass.
 
     Raises:
         ConfigError: a layer does not exist.
@@ -34,12 +34,12 @@ def checkpoint_layers(body: nn.Module, paths: Sequence[str], exact_padding: Exac
             raise ConfigError(f"`checkpointed_layers` must name layers: {unknown_name(path, children, also=known)}")
     for path in paths:
         layer: Any = known[path]
-        layer.forward = partial(_computed_again, layer, exact_padding)
+        layer.forward = partial(_checkpoint, layer, passes)
 
 
-def _computed_again(layer: nn.Module, exact_padding: ExactPadding | None, *args: Any, **kwargs: Any) -> Any:
+def _checkpoint(layer: nn.Module, passes: PerThread[Pass], *args: Any, **kwargs: Any) -> Any:
     forward: Callable[..., Any] = partial(type(layer).forward, layer)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    again: AbstractContextManager[None] = nullcontext() if exact_padding is None else exact_padding.again()
+    again = passes.set(passes.get())  # the backward pass may run in another thread
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)

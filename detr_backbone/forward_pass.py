@@ -1,27 +1,124 @@
-"""Whose pass through a network this is: a server may run one network in several threads at once."""
+"""What holds during one forward pass of a network: its mode, the hooks that watch it, and the state of its thread."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
+from detr_backbone.nested_tensor import NestedTensor
 
-def current_thread() -> int:
-    """A key for what belongs to one pass, the same throughout it and another in every thread."""
-    # Dynamo cannot trace get_ident, and what it compiles runs as a whole.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+State = TypeVar("State")
+Before: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...]], Any]
+After: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Within this context, a network is in eval mode; afterwards every module is in its own again."""
-    modes = {module: module.training for module in network.modules()}
+    modes = [(module, module.training) for module in network.modules()]
     try:
         network.eval()
         yield
     finally:
-        network.train(modes[network])  # a layer getter passes it on to the network that it runs, which is no child
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes:  # parents first; train() rather than the flag, as a getter passes it on
+            module.train(mode)
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module], *, before: Before | None = None, after: After | None = None, first: bool = False
+) -> Iterator[None]:
+    """Within this context, hooks see every call of some modules.
+
+    Args:
+        modules: the modules by path.
+        before: called with path, module and positional inputs; what it returns, if anything, replaces the inputs.
+        after: called with path, module, positional inputs and output; what it returns, if anything, replaces the
+            output.
+        first: call them before all other hooks of a module, instead of after them.
+    """
+    with ExitStack() as stack:
+        for path, module in modules.items():
+            if before is not None:
+                stack.callback(module.register_forward_pre_hook(partial(before, path), prepend=first).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(partial(after, path), prepend=first).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of a backbone need to know of the pass that they are in.
+
+    Attributes:
+        padded: the batch whose padded cells are zeroed before every window; None if nothing is padded.
+        norms: the FrozenBatchNorm2d by path whose work the convolutions before them do.
+    """
+
+    padded: NestedTensor | None
+    norms: Mapping[str, nn.Module]
+
+
+class PerThread(Generic[State]):
+    """State of the forward pass that a thread is in: a server may run one network in several threads at once.
+
+    A pass within a pass has state of its own, and ends by restoring that of the pass around it. Copies and pickles hold
+    no state.
+
+    >>> state = PerThread[str]()
+    >>> with state.set("outer"):
+    ...     with state.set("inner"):
+    ...         inner = state.get()
+    ...     inner, state.get()
+    ('inner', 'outer')
+    >>> state.get() is None
+    True
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, State] = {}
+
+    def get(self) -> State | None:
+        """Return the state of this thread's pass; None outside of one."""
+        return self._states.get(_thread())
+
+    def set(self, state: State | None) -> "_Within[State]":
+        """Return a context in which this thread has a state; it can be entered again and again, by any thread."""
+        return _Within(self._states, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_states": {}}
+
+
+class _Within(Generic[State]):
+    # A class, and not a generator: torch.compile follows it, and a checkpointed layer enters it twice.
+    def __init__(self, states: dict[int, State], state: State | None) -> None:
+        self._states = states
+        self._state = state
+        self._outer: list[State | None] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(self._states.get(_thread()))
+        self._put(self._state)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._put(self._outer.pop())
+
+    def _put(self, state: State | None) -> None:
+        if state is None:
+            self._states.pop(_thread(), None)
+        else:
+            self._states[_thread()] = state
+
+
+def _thread() -> int:
+    # Dynamo cannot trace get_ident, and what it compiles runs as a whole.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,18 +1,16 @@
-"""BatchNorm whose statistics and affine parameters are fixed, and how to give it statistics from data.
+"""BatchNorm whose statistics and affine parameters are fixed.
 
 Detectors train with a few images per device, too few for batch statistics, so a pretrained backbone keeps the ones that
-it was trained with. Without pretrained weights the statistics (0, 1) describe no network at all: a residual network
-then grows from block to block and does not train. `calibrate_frozen_batch_norm` estimates them from a few batches.
+it was trained with. Without pretrained weights, `calibrate_frozen_batch_norm` takes them from data.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
+from detr_backbone.forward_pass import Pass, PerThread
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -26,7 +24,7 @@ class FrozenBatchNorm2d(nn.Module):
         eps: added to the variance, in float32.
 
     Attributes:
-        folded: the convolution before does this layer's work, which then passes its input on; see `folding`.
+        folding: its path in a backbone, and the passes in which the convolution before does its work; see `folding`.
 
     >>> FrozenBatchNorm2d(8)(torch.zeros(2, 8, 4, 4, dtype=torch.bfloat16)).dtype
     torch.bfloat16
@@ -40,31 +38,38 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.folded = False
+        self.folding: tuple[str, PerThread[Pass]] | None = None
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.then(x if self.folded else self.normalise(x))
+        return self.activate(x if self._is_folded() else self.normalise(x))
 
     def normalise(self, x: Tensor) -> Tensor:
-        """The input with every channel scaled and shifted."""
+        """Return the input with every channel scaled and shifted."""
         # batch_norm reads parameters of its input's dtype or of float32, and folds them in float32 in both cases.
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What a channel is multiplied by, and what is added then: two tensors [C], in float32 at least."""
+        """Return what a channel is multiplied by, and what is added then: two tensors [C], in float32 at least."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
-    def then(self, x: Tensor) -> Tensor:
-        """What a subclass does with the normalised values: nothing here."""
+    def activate(self, x: Tensor) -> Tensor:
+        """Return what a subclass makes of the normalised values: the values themselves here."""
         return x
+
+    def _is_folded(self) -> bool:
+        if self.folding is None:
+            return False
+        path, passes = self.folding
+        running = passes.get()
+        return running is not None and running.norms.get(path) is self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)

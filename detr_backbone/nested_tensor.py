@@ -4,14 +4,30 @@ The mask is made once, when a batch is collated, and follows the features throug
 look at padding, and position encodings must not count it.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from detr_backbone.batch_checks import check_images, check_sizes, sizes_from_mask
 
 Size: TypeAlias = tuple[int, int]
+
+
+class Batch(Protocol):
+    """A padded batch of any DETR: `tensors` [B, C, H, W] and `mask` [B, H, W], True on padding."""
+
+    @property
+    def tensors(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+
+
+Images: TypeAlias = Batch | Sequence[Tensor] | Tensor
+"""What a backbone takes: a padded batch with its mask; images [C, h, w] of any sizes; or a batch [B, C, H, W]."""
 
 
 class NestedTensor:
@@ -54,7 +70,22 @@ class NestedTensor:
             raise ValueError(f"`mask` must be on the device of `tensors`, {tensors.device}, got {mask.device}")
         self.tensors = tensors
         self.mask = mask
-        self._sizes = None if sizes is None else _checked_sizes(sizes, expected)
+        self._sizes: tuple[Size, ...] | None = None if sizes is None else check_sizes(sizes, expected)
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool [B, H, W], True on padding. Assign another one instead of writing to it: sizes are read once."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self._mask = mask
+        self._sizes = None
+        self._strided: dict[int, tuple[Tensor, tuple[Size, ...] | None]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors.device
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -64,7 +95,7 @@ class NestedTensor:
             ValueError: the mask is not a rectangle in the top left corner, or leaves an image without a valid cell.
         """
         if self._sizes is None:
-            self._sizes = _sizes_from_mask(self.mask)
+            self._sizes = sizes_from_mask(self.mask)
         return self._sizes
 
     @property
@@ -78,14 +109,37 @@ class NestedTensor:
         full = tuple(self.tensors.shape[-2:])
         return any(size != full for size in self.sizes)
 
+    def at_stride(self, stride: int) -> tuple[Tensor, tuple[Size, ...] | None]:
+        """Return how the batch looks in cells of `stride` pixels, made once for each stride.
+
+        Returns:
+            The mask [B, ceil(H / stride), ceil(W / stride)], True on padding: a cell is valid if its first pixel is.
+            The valid (h, w) of each image in cells; None while torch compiles or exports, since a graph must not be
+            specialised on them.
+
+        >>> batch = nested_tensor_from_tensor_list([torch.zeros(3, 97, 131), torch.zeros(3, 64, 32)])
+        >>> mask, sizes = batch.at_stride(32)
+        >>> mask.shape, sizes
+        (torch.Size([2, 4, 5]), ((4, 5), (2, 1)))
+        """
+        if stride not in self._strided:
+            sizes = None if torch.compiler.is_compiling() else valid_sizes(self.sizes, stride)
+            self._strided[stride] = (self.mask[:, ::stride, ::stride], sizes)
+        return self._strided[stride]
+
     def decompose(self) -> tuple[Tensor, Tensor]:
         """The pair (tensors, mask)."""
         return self.tensors, self.mask
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "NestedTensor":
-        """The same batch on another device."""
-        tensors = self.tensors.to(device, non_blocking=non_blocking)
-        return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking), sizes=self._sizes)
+    def to(self, target: torch.device | torch.dtype | str | int, non_blocking: bool = False) -> "NestedTensor":
+        """Return the batch on another device, or with `tensors` of another dtype: a mask stays bool."""
+        tensors = self.tensors.to(target, non_blocking=non_blocking)
+        return NestedTensor(tensors, self.mask.to(tensors.device, non_blocking=non_blocking), sizes=self._sizes)
+
+    def record_stream(self, stream: Any) -> None:
+        """Tell the allocator that another CUDA stream uses the batch, as `Tensor.record_stream` does."""
+        self.tensors.record_stream(stream)
+        self.mask.record_stream(stream)
 
     def pin_memory(self) -> "NestedTensor":
         """The same batch in page-locked memory; called by a DataLoader with `pin_memory=True`."""
@@ -119,7 +173,7 @@ def nested_tensor_from_tensor_list(tensors: Sequence[Tensor] | Tensor) -> Nested
         if 0 in tensors.shape:
             raise ValueError(f"a batch must hold at least one cell, got {list(tensors.shape)}")
         return NestedTensor(tensors, None)
-    _check_images(tensors)
+    check_images(tensors)
     sizes = [(image.shape[1], image.shape[2]) for image in tensors]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     batch = tensors[0].new_empty(len(tensors), tensors[0].shape[0], height, width)
@@ -131,61 +185,32 @@ def nested_tensor_from_tensor_list(tensors: Sequence[Tensor] | Tensor) -> Nested
     return NestedTensor(batch, mask, sizes=sizes)
 
 
-def as_nested_tensor(images: NestedTensor | Sequence[Tensor] | Tensor) -> NestedTensor:
-    """What a backbone or a detector takes as images, as a NestedTensor: one already, a list of images, or a batch."""
-    return images if isinstance(images, NestedTensor) else nested_tensor_from_tensor_list(images)
+def as_nested_tensor(images: Images, sizes: Sequence[Size] | None = None) -> NestedTensor:
+    """Return what a backbone or a detector takes as images as a NestedTensor.
 
+    Args:
+        images: a NestedTensor, of this package or of any other; a list of images [C, h, w]; or a batch [B, C, H, W].
+        sizes: valid (h, w) of each image of a batch [B, C, H, W] that was padded at the bottom and on the right by
+            somebody else; left out, the whole batch is valid.
 
-def _check_images(tensors: Sequence[Tensor]) -> None:
-    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
-        raise TypeError(f"images must be a list of tensors or a tensor [B, C, H, W], got {type(tensors).__name__}")
-    if not tensors:
-        raise ValueError("images must hold at least one tensor, got an empty list")
-    for index, image in enumerate(tensors):
-        if not isinstance(image, Tensor):
-            raise TypeError(f"images[{index}] must be a tensor [C, h, w], got {type(image).__name__}")
-        if image.ndim != 3:
-            raise ValueError(f"images[{index}] must be [C, h, w], got {list(image.shape)}")
-        if 0 in image.shape:
-            raise ValueError(f"images[{index}] must hold at least one cell, got {list(image.shape)}")
-        if not image.is_floating_point():
-            raise TypeError(f"images[{index}] must be floating point, normalised, got {image.dtype}")
-        for what, got, expected in (
-            ("dtype", image.dtype, tensors[0].dtype),
-            ("device", image.device, tensors[0].device),
-            ("channels", image.shape[0], tensors[0].shape[0]),
-        ):
-            if got != expected:
-                error = TypeError if what == "dtype" else ValueError
-                raise error(f"images[{index}] must have the {what} of images[0], {expected}, got {got}")
-
-
-def _checked_sizes(sizes: Sequence[Size], expected: Sequence[int]) -> tuple[Size, ...]:
-    batch, height, width = expected
-    if len(sizes) != batch:
-        raise ValueError(f"`sizes` must hold one (h, w) for each of {batch} images, got {len(sizes)}")
-    for index, (h, w) in enumerate(sizes):
-        if not (1 <= h <= height and 1 <= w <= width):
-            raise ValueError(f"`sizes[{index}]` must lie within (1, 1) and ({height}, {width}), got ({h}, {w})")
-    return tuple((h, w) for h, w in sizes)
-
-
-def _sizes_from_mask(mask: Tensor) -> tuple[Size, ...]:
-    valid = ~mask
-    height, width = valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)
-    rows = torch.arange(mask.shape[1], device=mask.device)
-    columns = torch.arange(mask.shape[2], device=mask.device)
-    rectangle = (rows[:, None] < height[:, None, None]) & (columns < width[:, None, None])
-    fits = (rectangle == valid).flatten(1).all(dim=1).tolist()
-    sizes = list(zip(height.tolist(), width.tolist(), strict=True))
-    for index, (size, fit) in enumerate(zip(sizes, fits, strict=True)):
-        if not fit:
+    Raises:
+        TypeError, ValueError: as `nested_tensor_from_tensor_list`; or `sizes` are given with anything but a batch.
+    """
+    if isinstance(images, NestedTensor) and sizes is None:
+        return images
+    if sizes is not None:
+        if not isinstance(images, Tensor):
             raise ValueError(
-                f"`mask[{index}]` must leave one rectangle in the top left corner valid, got another shape"
+                f"`sizes` must be left out for anything but a batch [B, C, H, W], got {type(images).__name__}"
             )
-        if 0 in size:
-            raise ValueError(f"`mask[{index}]` must leave at least one cell valid, got padding only")
-    return tuple(sizes)
+        whole = nested_tensor_from_tensor_list(images)
+        mask = torch.ones_like(whole.mask)
+        for valid, (h, w) in zip(mask, check_sizes(sizes, whole.mask.shape), strict=True):
+            valid[:h, :w] = False
+        return NestedTensor(images, mask, sizes=sizes)
+    if isinstance(images, Tensor | Sequence) or not hasattr(images, "tensors"):
+        return nested_tensor_from_tensor_list(cast(Sequence[Tensor], images))
+    return NestedTensor(images.tensors, images.mask)
 
 
 def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
@@ -194,7 +219,8 @@ def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
     >>> valid_sizes([(97, 131), (64, 32)], stride=32)
     ((4, 5), (2, 1))
     """
-    return tuple((-(-h // stride), -(-w // stride)) for h, w in sizes)
+    # Not -(-h // stride): ONNX divides towards zero.
+    return tuple(((h + stride - 1) // stride, (w + stride - 1) // stride) for h, w in sizes)
 
 
 def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
@@ -219,10 +245,26 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     missing = (0, -width % divisor, 0, -height % divisor)
     if not any(missing):
         return images
-    sizes = None if torch.compiler.is_compiling() else images.sizes  # see `feature_level`
+    sizes = None if torch.compiler.is_compiling() else images.sizes  # a graph must not be specialised on them
     return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
 
 
 def size_of(images: Tensor) -> Size:
     """(H, W) of a batch [B, C, H, W]."""
     return images.shape[-2], images.shape[-1]
+
+
+def _flatten(batch: NestedTensor) -> tuple[list[Tensor], None]:
+    return [batch.tensors, batch.mask], None  # a graph that knew the sizes would serve no others
+
+
+def _unflatten(leaves: Iterable[Any], _: None) -> NestedTensor:
+    batch = object.__new__(NestedTensor)  # nothing is checked: leaves may stand for tensors
+    batch.tensors, batch.mask = leaves
+    return batch
+
+
+# For torch.export, torch.func and DistributedDataParallel this is a container of two tensors.
+pytree.register_pytree_node(
+    NestedTensor, _flatten, _unflatten, serialized_type_name="detr_backbone.nested_tensor.NestedTensor"
+)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError
-from detr_backbone.nested_tensor import NestedTensor
+from detr_backbone.nested_tensor import Batch, NestedTensor, as_nested_tensor
 
 _GEOMETRIES = 16  # encodings that are kept: a few levels of a few image sizes
 
@@ -56,23 +56,24 @@ class PositionEmbeddingSine(nn.Module):
         self.offset = offset
         self._unpadded: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def forward(self, level: NestedTensor | Tensor) -> Tensor:
+    def forward(self, level: Batch | Tensor) -> Tensor:
         """Encodings [B, 2P, h, w] in float32, rows first, of a level or its mask [B, h, w], True on padding.
 
         Levels of one geometry without padding share their encodings, which must not be written to.
         """
         if isinstance(level, Tensor):
             return self._encode(level)
-        if level.is_padded:
-            return self._encode(level.mask)
-        height, width = level.mask.shape[1:]
-        geometry = (height, width, level.mask.device)
+        batch = as_nested_tensor(level)
+        if batch.is_padded:
+            return self._encode(batch.mask)
+        height, width = batch.mask.shape[1:]
+        geometry = (height, width, batch.mask.device)
         if geometry not in self._unpadded:
             if len(self._unpadded) >= _GEOMETRIES:
                 self._unpadded.pop(next(iter(self._unpadded)))
             with torch.inference_mode(mode=False):
-                self._unpadded[geometry] = self._encode(level.mask.new_zeros(1, height, width))
-        return self._unpadded[geometry].expand(len(level), -1, -1, -1)
+                self._unpadded[geometry] = self._encode(batch.mask.new_zeros(1, height, width))
+        return self._unpadded[geometry].expand(batch.mask.shape[0], -1, -1, -1)
 
     def _encode(self, mask: Tensor) -> Tensor:
         with torch.autocast(mask.device.type, enabled=False):
@@ -121,16 +122,17 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
 
-    def forward(self, level: NestedTensor | Tensor) -> Tensor:
+    def forward(self, level: Batch | Tensor) -> Tensor:
         """Encodings [B, 2P, h, w], columns first, of a level or its mask [B, h, w], True on padding."""
         if isinstance(level, Tensor):
-            level = NestedTensor(level.new_zeros(len(level), 1, *level.shape[1:]), level)
-        height, width = level.mask.shape[1:]
+            level = NestedTensor(level.new_zeros(level.shape[0], 1, *level.shape[1:]), level)
+        batch = as_nested_tensor(level)
+        height, width = batch.mask.shape[1:]
         # Up to the learned positions, rows and columns are plain look-ups, the same for every image.
         same = max(height, width) <= self.row_embed.num_embeddings
-        sizes = [(height, width)] if same else level.sizes
+        sizes = [(height, width)] if same else batch.sizes
         encoded = torch.stack([self._encode(h, w, height, width) for h, w in sizes])
-        return encoded.expand(len(level), -1, -1, -1)
+        return encoded.expand(batch.mask.shape[0], -1, -1, -1)
 
     def _encode(self, valid_height: int, valid_width: int, height: int, width: int) -> Tensor:
         rows = _positions(self.row_embed.weight, valid_height, height)[:, :, None].expand(-1, -1, width)

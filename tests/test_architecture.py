@@ -10,7 +10,7 @@ from tests.conftest import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
 
-COMPONENT = {"layer_getter", "networks", "padding", "inspection"}
+COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection"}
 """Folders of the component; the modules beside them belong to it too."""
 # part -> the parts it may import from, besides itself
 MAY_IMPORT = {

@@ -50,7 +50,6 @@ class Seen:
 
     name: str
     backbone: Backbone | None = None
-    exact: str = "yes"
     refused: str = ""
 
     def row(self) -> str:
@@ -58,42 +57,36 @@ class Seen:
             return f"| {self.name} | — | — | — | — | {self.refused} |"
         levels = ", ".join(f"`{path}`" for path in self.backbone.body.return_layers)
         strides, channels = (", ".join(map(str, v)) for v in (self.backbone.strides, self.backbone.channels))
-        return f"| {self.name} | {levels} | {strides} | {channels} | {self.backbone.body.strategy} | {self.exact} |"
+        where = re.search(r"(\S+) \(", self.backbone.leak or "")
+        why = f": `{where[1]}`" if where else f": {self.backbone.leak}" if self.backbone.leak else ""
+        plan = f"{self.backbone.batching.replace('_', ' ')}{why}"
+        return f"| {self.name} | {levels} | {strides} | {channels} | {self.backbone.body.strategy} | {plan} |"
 
 
 def seen(name: str) -> Seen:
-    """A network as a backbone: exact where it can be, with all its levels, and all claims about it checked."""
+    """A network as an exact backbone with all its levels, and all claims about it checked."""
     try:
         network = build_network(name)
-        backbone, exact = exact_if_it_can_be(network, name)
+        backbone = with_all_levels(network, name)
     except ConfigError as error:
         return Seen(name, refused=f"refused: {str(error).splitlines()[0]}")
     draw_statistics(backbone)
     check_geometry(backbone)
     check_trained_layers(backbone)
     check_frozen_equals_eval(network, backbone)
-    if exact == "yes":
-        check_exact(backbone)
-    return Seen(name, backbone, exact)
+    check_exact(backbone)
+    return Seen(name, backbone)
 
 
-def exact_if_it_can_be(network: nn.Module, name: str) -> tuple[Backbone, str]:
-    """A backbone with all levels, and whether it is exact: "yes", or "no" with the first layer where padding shows."""
-    options: dict[str, Any] = {"return_interm_layers": True}
-    exact = "yes"
+def with_all_levels(network: nn.Module, name: str) -> Backbone:
     drawn = copy.deepcopy(network)
-    with patch("detr_backbone.backbone.build_network", lambda *_, **__: drawn):  # drawing weights takes long
-        while True:
-            try:
-                return Backbone(name, **options), exact
-            except ConfigError as error:
-                if "`train_layers` must be given" in str(error):
-                    options["train_layers"] = ["blocks"]
-                elif where := re.search(r"got 'exact': (?:it fails|.*?(\S+) \()", str(error)):
-                    options["padding"] = "zeros"
-                    exact = f"no: `{where[1]}`" if where[1] else "no: it fails in a batch of two sizes"
-                else:
-                    raise
+    with patch("detr_backbone.backbone.backbone.build_network", lambda *_, **__: drawn):  # drawing weights takes long
+        try:
+            return Backbone(name, return_interm_layers=True)
+        except ConfigError as error:
+            if "`train_layers` must be given" not in str(error):
+                raise
+            return Backbone(name, return_interm_layers=True, train_layers=["blocks"])
 
 
 def draw_statistics(backbone: Backbone) -> None:
@@ -121,13 +114,16 @@ def check_geometry(backbone: Backbone) -> None:
 
 @torch.no_grad()
 def check_exact(backbone: Backbone) -> None:
-    small, large = torch.randn(3, 45, 66), torch.randn(3, 128, 160)
-    together = backbone([small, large])
-    for name, level in backbone([small]).items():
-        alone = level.tensors[0]
-        difference = (together[name].tensors[0, :, : alone.shape[1], : alone.shape[2]] - alone).abs().max()
-        # sums in another order: float32 has 1e-7
-        assert difference <= 1e-5 * alone.abs().max(), name
+    """Every image of a batch has the features that it has alone, also where the divisor of the network divides all."""
+    for sizes in (((45, 66), (128, 160)), ((64, 96), (96, 128), (64, 96))):
+        images = [torch.randn(3, *size) for size in sizes]
+        batch = backbone(images)
+        for index, image in enumerate(images):
+            for name, level in backbone([image]).items():
+                (alone,), ((h, w),) = level.tensors, level.sizes
+                difference = (batch[name].tensors[index, :, :h, :w] - alone[:, :h, :w]).abs().max()
+                # sums in another order: float32 has 1e-7
+                assert difference <= 1e-5 * alone.abs().max(), (sizes, index, name)
 
 
 def check_trained_layers(backbone: Backbone) -> None:

@@ -165,10 +165,16 @@ def test_sync_batch_norm_keeps_weights_and_statistics() -> None:
     torch.testing.assert_close(synchronised(x), expected)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_norms_over_padded_cells_are_not_exact(norm: str) -> None:
-    with pytest.raises(ConfigError, match=r"got 'exact': .*bn1 \(.*takes its statistics from padded cells too"):
-        Backbone("resnet18", norm=norm)  # type: ignore[arg-type]
+def test_batch_statistics_are_not_exact() -> None:
+    with pytest.raises(ConfigError, match=r"got 'exact': .*bn1 \(.*takes its statistics from the batch"):
+        Backbone("resnet18", norm="batch")
+
+
+def test_group_norm_is_exact_by_size() -> None:
+    backbone = Backbone("resnet18", norm="group")
+
+    assert backbone.batching == "by_size"
+    assert str(backbone.leak).startswith("bn1 ")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from torch import nn
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, nested_tensor_from_tensor_list
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import valid_sizes
-from detr_backbone.networks.geometry import measure
 from detr_backbone.padding.exact import feature_level
 
 
@@ -78,15 +77,59 @@ def test_other_networks_of_known_layers_are_exact_too(pool: nn.Module) -> None:
     "layer",
     [
         nn.GroupNorm(2, 8),
-        nn.BatchNorm2d(8),
-        nn.AdaptiveAvgPool2d(4),
         nn.AvgPool2d(3, 2, 1, count_include_pad=False),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.InstanceNorm2d(8),
     ],
+    ids=lambda layer: type(layer).__name__,
 )
-def test_a_layer_that_would_let_padding_in_is_refused(layer: nn.Module) -> None:
+def test_images_run_by_size_through_a_layer_that_would_let_padding_in(layer: nn.Module) -> None:
+    backbone = BackboneBase(convolutions(layer), return_layers=["3"], train_layers=["0"])
+    assert (backbone.batching, str(backbone.leak).split()[0]) == ("by_size", "2")
+    images = [torch.randn(3, 17, 19), torch.randn(3, 40, 33), torch.randn(3, 17, 19)]
+    batch = backbone(images)["0"]
+
+    for index, image in enumerate(images):
+        level = backbone([image])["0"]
+        ((h, w),) = level.sizes
+        torch.testing.assert_close(batch.tensors[index, :, :h, :w], level.tensors[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, track_running_stats=True)], ids=repr)
+def test_a_norm_with_statistics_of_the_batch_is_refused(norm: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"`padding` must be 'zeros' for this network, got 'exact': 2 \("):
-        BackboneBase(convolutions(layer), return_layers=["3"], train_layers=["0"])
+        BackboneBase(convolutions(norm), return_layers=["3"], train_layers=["0"])
+
+
+@pytest.mark.parametrize(
+    "network", [convolutions(nn.ReLU()), convolutions(nn.GroupNorm(2, 8))], ids=["masked", "by_size"]
+)
+@given(sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_no_image_depends_on_its_batch_whatever_their_sizes(network: nn.Module, sizes: list[tuple[int, int]]) -> None:
+    backbone = BackboneBase(copy.deepcopy(network), return_layers=["3"], train_layers=["0"]).double()
+    images = [torch.randn(3, *size, dtype=torch.float64) for size in sizes]
+    with torch.no_grad():
+        for run in (backbone, backbone.forward_by_size):
+            batch = run(images)["0"]
+            for index, image in enumerate(images):
+                level = backbone([image])["0"]
+                ((h, w),) = level.sizes
+                torch.testing.assert_close(batch.tensors[index, :, :h, :w], level.tensors[0], rtol=0, atol=1e-9)
+
+
+def test_sizes_beside_a_batch_say_where_it_is_padded() -> None:
+    small, large = torch.randn(3, 40, 50), torch.randn(3, 64, 96)
+    padded = torch.zeros(2, 3, 64, 96)
+    padded[0, :, :40, :50], padded[1] = small, large
+    backbone = BACKBONES["resnet18"]
+    with torch.no_grad():
+        expected, got = backbone([small, large])["3"], backbone(padded, sizes=[(40, 50), (64, 96)])["3"]
+
+    assert torch.equal(got.mask, expected.mask)
+    torch.testing.assert_close(got.tensors, expected.tensors)
+    with pytest.raises(ValueError, match="`sizes`"):
+        backbone([small, large], sizes=[(40, 50), (64, 96)])
 
 
 def test_padded_cells_of_a_level_are_zero() -> None:
@@ -180,31 +223,22 @@ def test_valid_sizes_round_up() -> None:
 
 def test_a_network_without_a_convolution_is_refused() -> None:
     with pytest.raises(ConfigError, match="must begin with a convolution"):
-        measure(nn.Sequential(nn.ReLU()))
+        BackboneBase(nn.Sequential(nn.ReLU()), return_layers=["0"], train_layers=())
 
 
-def test_measuring_gives_strides_and_channels_and_leaves_no_hook() -> None:
-    body = Backbone("resnet50", dilation=True, return_interm_layers=True).body
-    hooks = sum(len(module._forward_pre_hooks) for module in body.modules())
-    measured = measure(body)
+def test_strides_and_channels_are_measured() -> None:
+    backbone = Backbone("resnet50", dilation=True, return_interm_layers=True)
 
-    assert measured.strides == {"0": 4, "1": 8, "2": 16, "3": 16}
-    assert measured.channels == {"0": 256, "1": 512, "2": 1024, "3": 2048}
-    assert measured.input_strides["layer3.0.conv2"] == 8
-    assert hooks == sum(len(module._forward_pre_hooks) for module in body.modules())
+    assert backbone.strides == (4, 8, 16, 16)
+    assert backbone.channels == (256, 512, 1024, 2048)
+    assert backbone.input_strides["layer3.0.conv2"] == 8
 
 
 def test_an_output_that_is_no_map_is_refused() -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
 
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"flat": self.conv(x).flatten(1)}
-
-    with pytest.raises(ConfigError, match="output 'flat' must be a feature map"):
-        measure(Flat())
+    with pytest.raises(ConfigError, match=r"feature map with a whole stride.*of '1'"):
+        BackboneBase(network, return_layers=["1"], train_layers=["0"])
 
 
 def test_training_on_a_padded_batch_runs_where_frozen_features_have_several_readers() -> None:

@@ -7,9 +7,8 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from detr_backbone.backbone import BackboneBase, Joiner
 from detr_backbone.errors import ConfigError, unknown_name
+from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.inspection.table import Description, LayerDescription
 from detr_backbone.nested_tensor import NestedTensor, Size, as_nested_tensor
 
@@ -24,7 +24,7 @@ _Images: TypeAlias = NestedTensor | Tensor
 _Call: TypeAlias = tuple[str, int]  # path, and how often the layer was called up to then
 
 _OPENED = (Joiner, nn.ModuleList, nn.ModuleDict)
-"""Opened without a row, as is a bare nn.Module: never called themselves, or giving what their children gave."""
+"""Containers without a row, as is a bare nn.Module: never called themselves, or giving what their children give."""
 
 
 @torch.no_grad()
@@ -62,15 +62,15 @@ def describe(
     first = _Recorder(values)
     timed: list[_Recorder] = []
     whole: list[float] = []
-    with _evaluation(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with first.hooks(modules):
+    with evaluating(model), _whole_batches(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with first.watching(modules):
             model(batch)
         for _ in range(passes):
             start = _now(device)
             model(batch)
             whole.append(_now(device) - start)
             timed.append(_Recorder(values, reads_values=False))
-            with timed[-1].hooks(modules):
+            with timed[-1].watching(modules):
                 model(batch)
     rows = []
     for (path, call), outputs in first.outputs.items():
@@ -78,8 +78,8 @@ def describe(
         milliseconds = 1000 * statistics.median(seconds) if seconds else None
         about = {"path": path, "call": call, "milliseconds": milliseconds, **_about(modules[path])}
         rows += [LayerDescription(**about, **output) for output in outputs]
-    heard = {row.path for row in rows}
-    rows += [LayerDescription(path=path, **_about(module)) for path, module in modules.items() if path not in heard]
+    called = {row.path for row in rows}
+    rows += [LayerDescription(path=path, **_about(module)) for path, module in modules.items() if path not in called]
     return Description(
         rows=tuple(rows),
         input_shape=tuple(values.shape),
@@ -101,18 +101,10 @@ class _Recorder:
         self._calls: Counter[str] = Counter()
         self._running: list[tuple[_Call, float]] = []
 
-    @contextmanager
-    def hooks(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Within this context, calls of these modules are recorded."""
-        with ExitStack() as stack:
-            for path, module in modules.items():
-                # Before all other hooks: theirs may be part of what a layer does, or leave the forward.
-                for register, hook in (
-                    (module.register_forward_pre_hook, self._enter),
-                    (module.register_forward_hook, self._leave),
-                ):
-                    stack.callback(register(partial(hook, path), prepend=True).remove)
-            yield
+    def watching(self, modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        """Return a context in which calls of these modules are recorded."""
+        # Before all other hooks: theirs may be part of what a layer does, or leave the forward.
+        return hooked(modules, before=self._enter, after=self._leave, first=True)
 
     def _enter(self, path: str, *_: Any) -> None:
         self._calls[path] += 1
@@ -141,15 +133,16 @@ def _now(device: torch.device) -> float:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has its own mode again, which may differ from its parent's."""
-    modes = [(module, module.training) for module in model.modules()]
+def _whole_batches(model: nn.Module) -> Iterator[None]:
+    """Within this context, backbones run the whole batch in one pass: a layer has one output."""
+    backbones = [module for module in model.modules() if isinstance(module, BackboneBase)]
     try:
-        model.eval()
+        for backbone in backbones:
+            vars(backbone)["forward"] = backbone.forward_whole_batch
         yield
     finally:
-        for module, mode in modes:  # parents first; train() rather than the flag, as a getter passes it on
-            module.train(mode)
+        for backbone in backbones:
+            del vars(backbone)["forward"]
 
 
 def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from detr_backbone.errors import unknown_name
@@ -63,7 +64,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         """The outputs asked for, in the order in which the network computes them."""
-        return self._strategy(x)
+        return self._strategy.run(self._network(), x)
 
     def train(self, mode: bool = True) -> Self:
         self._strategy.network.train(mode)
@@ -73,6 +74,17 @@ class IntermediateLayerGetter(nn.ModuleDict):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._share_members()
+
+    def _network(self) -> nn.Module:
+        """Return what the strategy runs, with the members that this getter has now."""
+        network = self._strategy.network
+        if torch.compiler.is_compiling() or vars(network)["_modules"] is self._modules:
+            return network
+        replica = type(network).__new__(type(network))  # of another getter, as nn.DataParallel makes them
+        vars(replica).update(vars(network))
+        vars(replica).update({name: vars(self)[name] for name in _MEMBERS})
+        vars(replica).update(vars(self).get("_former_parameters", {}))  # plain tensors there
+        return replica
 
     def _share_members(self) -> None:
         # The network's members are the getter's own, not those of a child: keys get no prefix, in any strategy.

@@ -6,11 +6,12 @@ the computation itself where it is not. A trace that could miss something fails,
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, cast
 
 from torch import Tensor, fx, nn
 
-from detr_backbone.forward_pass import current_thread
+from detr_backbone.forward_pass import PerThread
 from detr_backbone.layer_getter.tracing import AllReturned, Outputs, Untraceable, by_module, code, trace
 
 
@@ -21,7 +22,8 @@ class Strategy(Protocol):
     network: nn.Module
     """Holds the modules and parameters that are needed, under the paths that they have in the model."""
 
-    def __call__(self, x: Tensor) -> dict[str, Any]: ...
+    def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
+        """Return the outputs of `network`: this strategy's own, or a replica of it."""
 
 
 def choose(model: nn.Module, return_layers: Mapping[str, str]) -> Strategy:
@@ -57,9 +59,9 @@ class Walk:
             self.network.add_module(child, model.get_submodule(child))
         self._return_layers = dict(return_layers)
 
-    def __call__(self, x: Tensor) -> dict[str, Any]:
+    def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
         outputs = {}
-        for child, module in self.network.named_children():
+        for child, module in network.named_children():
             x = module(x)
             if child in self._return_layers:
                 outputs[self._return_layers[child]] = x
@@ -76,8 +78,8 @@ class Graph:
         graph.output(graph.graph_copy(traced, {}))
         self.network: nn.Module = fx.GraphModule(model, graph, class_name=type(model).__name__)
 
-    def __call__(self, x: Tensor) -> dict[str, Any]:
-        return dict(self.network(x))
+    def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
+        return dict(network(x))
 
 
 class Hooks:
@@ -88,27 +90,21 @@ class Hooks:
     def __init__(self, model: nn.Module, return_layers: Mapping[str, str]) -> None:
         self.network = model
         self._return_layers = dict(return_layers)
-        self._wanted = by_module(model, return_layers)
-        # Keyed by thread: a server may run one network in several threads at once.
-        self._running: dict[int, Outputs] = {}
-        for module in self._wanted:
-            module.register_forward_hook(self._returned)
+        self._running: PerThread[Outputs] = PerThread()
+        for module, names in by_module(model, return_layers).items():
+            module.register_forward_hook(partial(self._returned, names))
 
-    def __call__(self, x: Tensor) -> dict[str, Any]:
-        thread = current_thread()
-        outputs = self._running[thread] = Outputs(self._wanted)
-        try:
-            with suppress(AllReturned):
-                self.network(x)
-        finally:
-            del self._running[thread]
+    def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
+        outputs = Outputs(self._return_layers.values())
+        with self._running.set(outputs), suppress(AllReturned):
+            network(x)
         _check_reached(self._return_layers, outputs)
         return dict(outputs)
 
-    def _returned(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        outputs = self._running.get(current_thread())
+    def _returned(self, names: Iterable[str], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs = self._running.get()
         if outputs is not None:
-            outputs.add(module, output)
+            outputs.add(names, output)
 
 
 def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:

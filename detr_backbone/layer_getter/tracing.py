@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,15 +18,21 @@ class AllReturned(BaseException):
 
 
 class Outputs(dict[str, Any]):
-    """What each module returned when it was first called, under all its names."""
+    """What each wanted layer returned when it was first called, by the names of the outputs."""
 
-    def __init__(self, wanted: Mapping[nn.Module, list[str]]) -> None:
+    def __init__(self, wanted: Iterable[str]) -> None:
         super().__init__()
-        self._missing = dict(wanted)
+        self._count = len(set(wanted))
 
-    def add(self, module: nn.Module, output: Any) -> None:
-        self.update(dict.fromkeys(self._missing.pop(module, ()), output))
-        if not self._missing:
+    def add(self, names: Iterable[str], output: Any) -> None:
+        """Add the output of a layer that returns, under its names.
+
+        Raises:
+            AllReturned: it was the last that is wanted.
+        """
+        for name in names:
+            self.setdefault(name, output)
+        if len(self) == self._count:
             raise AllReturned
 
 
@@ -52,7 +58,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._wanted = by_module(model, return_layers)
         self._around = {m for m in model.modules() if any(n in self._wanted for n in m.modules() if n is not m)}
-        self._outputs = Outputs(self._wanted)
+        self._outputs = Outputs(return_layers.values())
         self._context = _context()
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
@@ -71,7 +77,7 @@ class _Tracer(fx.Tracer):
         if m in self._wanted:
             if not isinstance(output, fx.Proxy):
                 raise Untraceable(f"a graph may give back {type(output)} as another type")
-            self._outputs.add(m, output)
+            self._outputs.add(self._wanted[m], output)
         return output
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -1,57 +1,166 @@
-"""A pass through a network that computes nothing: shapes and structure without numbers, in milliseconds."""
+"""Dry run of a network on the meta device: what its layers take and give, as shapes, without computing anything."""
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from detr_backbone.errors import ConfigError
-from detr_backbone.forward_pass import evaluating
+from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.nested_tensor import Size
 from detr_backbone.networks.input_channels import first_convolution
 
 PROBE: Size = (256, 320)
-"""(h, w) of the measuring image: every stride that divides both is measured exactly."""
-
-_KEEP_SHAPE = frozenset(
-    (F.batch_norm, F.relu, F.relu6, F.hardtanh, F.hardsigmoid, F.hardswish, F.leaky_relu, F.elu, F.silu, F.mish, F.gelu)
-)
+"""(h, w) of the image: every stride that divides both is measured exactly."""
 
 
-def on_meta(network: nn.Module, size: Size = PROBE) -> Any:
-    """What a network gives for an image of this size, as shapes without numbers.
+@dataclass(kw_only=True)
+class Call:
+    """The first call of a layer.
+
+    Attributes:
+        start, end: when it began and returned, on a clock that counts such events; `end` is 0 if it did not return.
+        input_shape, output_shape: of its first input and of its output; None where that is no tensor.
+        count: how often the layer is called in the whole pass.
+        input_shapes: of the first inputs of all its calls.
+    """
+
+    start: int
+    end: int = 0
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    input_shapes: set[tuple[int, ...]] = field(default_factory=set)
+    count: int = 1
+
+
+class DryRun:
+    """The calls of a network's layers during one forward in eval mode.
+
+    Args:
+        network: takes one batch of images [B, C, H, W]; it stays as it is.
+        size: (h, w) of the image that it is run with.
+
+    Attributes:
+        calls: of each inner layer that was called, by path, in the order in which they began.
+        error: what the forward raised, such as a classifier at an image of a size that it was not made for.
 
     Raises:
-        ConfigError: the network has no convolution, or does not take such an image.
-    """
-    _, first = first_convolution(network)
-    meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
-    image = torch.empty(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
-    try:
-        with torch.no_grad(), evaluating(network), _Shortcut():
-            return torch.func.functional_call(network, meta, (image,))
-    except Exception as error:  # whatever a network raises at an image that it was not made for
-        raise ConfigError(
-            f"the network must take images of any size, got for {size[0]} x {size[1]} pixels: {error}"
-        ) from error
-
-
-class _Shortcut(TorchFunctionMode):
-    """Says at once what the most frequent functions give: most of the time of a pass is what torch computes for these.
-
-    Where they keep shape, dtype and strides, their input is given back, as a tensor of its own.
+        ConfigError: the network has no convolution.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x = args[0] if args else None
-        if isinstance(x, Tensor):
-            contiguous = x.is_contiguous()
-            if func in _KEEP_SHAPE and (contiguous or x.is_contiguous(memory_format=torch.channels_last)):
-                return x.detach()
-            if func is F.layer_norm and contiguous:
-                return x.detach()
-            if func is F.linear and contiguous and len(args) > 1 and x.shape[-1] == args[1].shape[1]:
-                return x.new_empty((*x.shape[:-1], args[1].shape[0]))
+    def __init__(self, network: nn.Module, size: Size = PROBE) -> None:
+        self.size = size
+        self.calls: dict[str, Call] = {}
+        self.error: Exception | None = None
+        self._clock = 0
+        self._inputs: dict[str, list[int]] = {}  # ids of tensors by layer
+        self._outputs: dict[str, list[int]] = {}
+        self._reads = _Reads()
+        self._run(network)
+
+    def reached(self, path: str) -> Call:
+        """Return the call of a layer.
+
+        Raises:
+            ConfigError: the forward did not get there.
+        """
+        call = self.calls.get(path)
+        if call is None or not call.end:
+            self.refuse_error()
+            raise ConfigError(f"the forward must call {path}, got a network that never does")
+        return call
+
+    def refuse_error(self) -> None:
+        """Refuse a network whose forward fails.
+
+        Raises:
+            ConfigError: the message says with what.
+        """
+        if self.error is not None:
+            height, width = self.size
+            raise ConfigError(
+                f"the network must take images of any size, got for {height} x {width} pixels: {self.error}"
+            ) from self.error
+
+    def sole_readers(self, returned: Collection[str]) -> dict[str, str]:
+        """Return, for each layer whose output only one other layer reads, that layer; both are called once.
+
+        Args:
+            returned: paths of layers whose outputs are read by the caller too.
+        """
+        counts = dict(self._reads.counts)
+        for path in returned:
+            for output in self._outputs.get(path, ()):
+                counts[output] = counts.get(output, 0) + 1
+        # The innermost layer returns first: a Sequential gives the output of its last layer.
+        makers: dict[int, str] = {}
+        for path, outputs in self._outputs.items():
+            if len(outputs) == 1:
+                makers.setdefault(outputs[0], path)
+        return {
+            makers[inputs[0]]: path
+            for path, inputs in self._inputs.items()
+            if len(inputs) == 1 and self.calls[path].count == 1 and inputs[0] in makers and counts.get(inputs[0]) == 1
+        }
+
+    def _run(self, network: nn.Module) -> None:
+        _, first = first_convolution(network)
+        meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+        image = torch.empty(1, first.in_channels, *self.size, device="meta", dtype=first.weight.dtype)
+        modules = {path: module for path, module in network.named_modules() if path}
+        with torch.no_grad(), evaluating(network), hooked(modules, before=self._enter, after=self._leave), self._reads:
+            try:
+                output = torch.func.functional_call(network, meta, (image,))
+            except Exception as error:  # whatever a network raises at an image that it was not made for
+                self.error = error
+            else:
+                self._reads.add(output)
+
+    def _enter(self, path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._clock += 1
+        first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+        shape = None if first is None else tuple(first.shape)
+        if path in self.calls:
+            self.calls[path].count += 1
+        else:
+            self.calls[path] = Call(start=self._clock, input_shape=shape)
+        if first is not None:
+            self.calls[path].input_shapes.add(tuple(first.shape))
+            self._inputs.setdefault(path, []).append(id(first))
+            self._reads.keep(first)
+
+    def _leave(self, path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._clock += 1
+        call = self.calls[path]
+        if not call.end:
+            call.end = self._clock
+            call.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        if isinstance(output, Tensor):
+            self._outputs.setdefault(path, []).append(id(output))
+            self._reads.keep(output)
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how often each tensor is read by an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # an id is one tensor's as long as that lives
+
+    def keep(self, tensor: Tensor) -> None:
+        self._alive.append(tensor)
+
+    def add(self, values: Any) -> None:
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self.counts[id(leaf)] = self.counts.get(id(leaf), 0) + 1
+                self._alive.append(leaf)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.add((args, kwargs))
         return func(*args, **(kwargs or {}))

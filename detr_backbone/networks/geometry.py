@@ -1,19 +1,20 @@
-"""Outputs of a network as maps [B, C, h, w], whatever order of axes the network computes in."""
+"""Strides and channels of a network's layers, and its outputs as maps [B, C, h, w], whatever order of axes it uses."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import Size, valid_sizes
-from detr_backbone.networks.dry_run import PROBE, on_meta
+from detr_backbone.networks.dry_run import PROBE, DryRun
 
 _MOST_PREFIX_TOKENS = 16  # class and register tokens; fewer than the cells of any map that is looked at
+_TOKEN_STRIDES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64)
+_PROBES: tuple[Size, ...] = (PROBE, (448, 672), (512, 768))  # the second for patches of 14 pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
         if stride := _stride((shape[1], shape[2]), image):
             return Layout(stride=stride, channels=shape[3], axes="NHWC")
     if len(shape) == 3:
-        for stride in (1, 2, 4, 8, 16, 32, 64):
+        for stride in _TOKEN_STRIDES:
+            if height % stride or width % stride:
+                continue
             prefix = shape[1] - (height // stride) * (width // stride)
             if 0 <= prefix <= _MOST_PREFIX_TOKENS:
                 return Layout(stride=stride, channels=shape[2], axes="NLC", prefix=prefix)
@@ -75,17 +78,17 @@ def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
         output = output.permute(0, 3, 1, 2)
     if layout.axes == "NLC":
         cells = (image[0] // layout.stride, image[1] // layout.stride)
-        output = output[:, layout.prefix :].transpose(1, 2).reshape(len(output), layout.channels, *cells)
-    return _taking_gradients_like_itself(output)
+        output = output[:, layout.prefix :].transpose(1, 2).reshape(output.shape[0], layout.channels, *cells)
+    return _channels_last_gradients(output)
 
 
-def _taking_gradients_like_itself(maps: Tensor) -> Tensor:
-    """Maps whose gradient, should it come in planes to channels side by side, is copied once, on its way in.
+def _channels_last_gradients(maps: Tensor) -> Tensor:
+    """Return channels_last maps whose gradient, should it come as NCHW, is copied once to channels_last on its way in.
 
     Gradients are added up in the memory format of the first, and every sum of two formats takes ten times as long.
     """
-    side_by_side = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    if maps.requires_grad and side_by_side and not torch.compiler.is_compiling():
+    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    if maps.requires_grad and channels_last and not torch.compiler.is_compiling():
         maps = maps.view_as(maps)  # a hook on the output itself would see the sum
         register: Any = maps.register_hook
         register(partial(Tensor.contiguous, memory_format=torch.channels_last))
@@ -101,80 +104,113 @@ def _stride(cells: Size, image: Size) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What passes through a network show of its geometry."""
+class Geometry:
+    """What dry runs of a network show of its layers.
 
-    layouts: dict[str, Layout]
-    """Of each named output: stride, channels, order of the axes."""
+    Attributes:
+        layouts: of each output asked for: stride, channels, order of the axes.
+        input_strides: pixels per cell of what each inner layer takes, by path, for those that run before the last
+            output is there, and always take maps of one whole stride.
+        without_stride: paths of the layers that take 4-dimensional maps of no whole stride, or of several.
+        divisor: sides of a batch must be multiples of it; 1 where an output has ceil(side / stride) cells for images
+            of any size.
+    """
+
+    layouts: tuple[Layout, ...]
     input_strides: dict[str, int]
-    """Pixels per cell of what each inner layer takes, by path."""
-    rounds_up: bool
-    """Whether an output has ceil(side / stride) cells for images of any size."""
+    without_stride: frozenset[str]
+    divisor: int
 
     @property
-    def channels(self) -> dict[str, int]:
-        return {name: layout.channels for name, layout in self.layouts.items()}
+    def channels(self) -> tuple[int, ...]:
+        return tuple(layout.channels for layout in self.layouts)
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Pixels per cell of each named output."""
-        return {name: layout.stride for name, layout in self.layouts.items()}
+    def strides(self) -> tuple[int, ...]:
+        return tuple(layout.stride for layout in self.layouts)
 
     @property
     def coarsest(self) -> int:
         """The largest stride anywhere in the network."""
-        return max(*self.strides.values(), *self.input_strides.values())
+        return max(*self.strides, *self.input_strides.values())
 
 
-def measure(body: nn.Module, *, prefix_tokens: int = 0) -> Measured:
-    """Channels and strides of a network that maps [B, C, H, W] to a dict of feature maps, without computing anything.
+def probe(network: nn.Module) -> DryRun:
+    """Return a dry run of a network for the first image size that it takes: 256 x 320, 448 x 672 or 512 x 768 pixels.
 
-    The passes run on the meta device: shapes without numbers.
+    If it takes none, the run of the first says why; it may be for a head only, after the layers that give maps.
+    """
+    first = DryRun(network, _PROBES[0])
+    runs = (DryRun(network, size) for size in _PROBES[1:])
+    return first if first.error is None else next((run for run in runs if run.error is None), first)
+
+
+def measure(network: nn.Module, dry_run: DryRun, paths: Sequence[str]) -> Geometry:
+    """Return channels and strides of some layers of a network, without computing anything.
 
     Args:
-        body: the network.
-        prefix_tokens: entries before the first cell where an output is a sequence of cells; timm's models say so.
+        network: maps [B, C, H, W]; `num_prefix_tokens` says where an output is a sequence how many entries stand before
+            its first cell, as timm's models do.
+        dry_run: of the network, as `probe` makes it.
+        paths: of the layers.
 
     Raises:
-        ConfigError: there is no convolution, the network does not take an image of 256 x 320 pixels, or an output is
-            not a map whose sides are the image's divided by a whole stride.
+        ConfigError: the network does not take an image of the dry run's size, or a layer's output is not a map whose
+            sides are the image's divided by a whole stride.
     """
-    input_strides: dict[str, int] = {}
-
-    def remember(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and (layout := layout_of(inputs[0].shape, PROBE)):
-            input_strides[path] = layout.stride
-
-    handles: list[RemovableHandle] = [
-        module.register_forward_pre_hook(partial(remember, path)) for path, module in body.named_modules() if path
-    ]
-    try:
-        outputs = on_meta(body)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layouts = {}
-    for name, output in outputs.items():
-        layout = layout_of(output.shape, PROBE) if isinstance(output, Tensor) else None
-        if layout is None or layout.prefix not in (0, prefix_tokens):
-            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ConfigError(
-                f"output {name!r} must be a feature map with a whole stride, got {got} for an image of "
-                f"{PROBE[0]} x {PROBE[1]} pixels; return another layer"
-            )
-        layouts[name] = layout
-    return Measured(layouts=layouts, input_strides=input_strides, rounds_up=_rounds_up(body, layouts))
+    prefix_tokens = int(getattr(network, "num_prefix_tokens", 0))
+    layouts = tuple(_layout(dry_run, path, prefix_tokens) for path in paths)
+    last = max(dry_run.reached(path).end for path in paths)
+    strides: dict[str, int] = {}
+    without: set[str] = set()
+    for path, call in dry_run.calls.items():
+        maps = [layout_of(shape, dry_run.size) for shape in call.input_shapes]
+        found = {layout.stride for layout in maps if layout is not None}
+        if call.start > last:
+            continue
+        if len(found) == 1 and None not in maps:
+            strides[path] = found.pop()
+        elif any(len(shape) == 4 for shape in call.input_shapes):
+            without.add(path)
+    geometry = Geometry(layouts=layouts, input_strides=strides, without_stride=frozenset(without), divisor=1)
+    return replace(geometry, divisor=_divisor(network, geometry, dry_run, paths))
 
 
-def _rounds_up(body: nn.Module, layouts: Mapping[str, Layout]) -> bool:
-    if any(layout.axes == "NLC" for layout in layouts.values()):
+def _layout(dry_run: DryRun, path: str, prefix_tokens: int) -> Layout:
+    shape = dry_run.reached(path).output_shape
+    layout = None if shape is None else layout_of(shape, dry_run.size)
+    if layout is None or layout.prefix not in (0, prefix_tokens):
+        got = "no tensor" if shape is None else list(shape)
+        height, width = dry_run.size
+        raise ConfigError(
+            f"`return_layers` must name layers that give a feature map with a whole stride, got {got} of {path!r} for "
+            f"an image of {height} x {width} pixels; return another layer"
+        )
+    return layout
+
+
+def _divisor(network: nn.Module, geometry: Geometry, dry_run: DryRun, paths: Sequence[str]) -> int:
+    if _rounds_up(network, geometry, dry_run, paths):
+        return 1
+    coarsest = geometry.coarsest
+    for divisor in (coarsest, 7 * coarsest, 8 * coarsest):  # the last two for windows of 7 or 8 cells
+        size = (3 * divisor, 5 * divisor)
+        run = DryRun(network, size)
+        if all(path in run.calls and run.calls[path].end for path in paths):
+            return divisor
+    return coarsest
+
+
+def _rounds_up(network: nn.Module, geometry: Geometry, dry_run: DryRun, paths: Sequence[str]) -> bool:
+    if any(layout.axes == "NLC" for layout in geometry.layouts):
         return False
-    odd = (PROBE[0] - 31, PROBE[1] - 31)
-    try:
-        outputs = on_meta(body, odd)
-    except ConfigError:
-        return False
-    return all(
-        tuple(as_map(outputs[name], layout, odd).shape[-2:]) == valid_sizes([odd], layout.stride)[0]
-        for name, layout in layouts.items()
-    )
+    size = (dry_run.size[0] - 31, dry_run.size[1] - 31)
+    odd = DryRun(network, size)
+    for path, layout in zip(paths, geometry.layouts, strict=True):
+        call = odd.calls.get(path)
+        if call is None or not call.end or call.output_shape is None:
+            return False
+        axes = (1, 2) if layout.axes == "NHWC" else (2, 3)
+        if tuple(call.output_shape[axis] for axis in axes) != valid_sizes([size], layout.stride)[0]:
+            return False
+    return True

@@ -1,7 +1,7 @@
 """Which normalisation a network has: BatchNorm frozen, learned or synchronised, or GroupNorm in its place."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,9 +25,8 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         self.drop = drop
         self.act = act
 
-    def then(self, x: Tensor) -> Tensor:
-        output: Tensor = self.act(self.drop(x))
-        return output
+    def activate(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.act(self.drop(x)))
 
 
 class GroupNormAct(nn.GroupNorm):

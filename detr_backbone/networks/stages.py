@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import count
-from typing import Any
+from functools import cached_property
 
-from torch import Tensor, nn
+from torch import nn
 
 from detr_backbone.errors import ConfigError
-from detr_backbone.networks.dry_run import PROBE, on_meta
-from detr_backbone.networks.geometry import Layout, layout_of
+from detr_backbone.networks.dry_run import DryRun
+from detr_backbone.networks.geometry import Layout, layout_of, probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +20,8 @@ class Stage:
     channels: int
 
 
-@dataclass(kw_only=True)
-class _Call:
-    """A layer's first call: when it began and ended, and what it took and gave."""
-
-    began: int
-    ended: int = 0
-    takes: Layout | None = None
-    gives: Layout | None = None
-
-
 class Survey:
-    """What a pass over an image without numbers shows of a network; the pass is made when it is first needed.
+    """Where the stages of a network end, from a dry run that is made when it is first needed.
 
     Args:
         network: as its library builds it.
@@ -41,6 +29,11 @@ class Survey:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
+
+    @cached_property
+    def dry_run(self) -> DryRun:
+        """The dry run of the network, as it was built."""
+        return probe(self._network)
 
     @cached_property
     def stages(self) -> list[Stage]:
@@ -52,19 +45,21 @@ class Survey:
         Raises:
             ConfigError: the network does not take an image of 256 x 320 pixels.
         """
+        self.dry_run.refuse_error()
+        calls = self.dry_run.calls
         info = getattr(self._network, "feature_info", None) or ()
         declared = [entry["module"] for entry in getattr(info, "info", info)]
-        if not declared or not all(path in self._calls for path in declared):
-            declared = list(_whole_layers(self._network, "", self._calls))
+        if not declared or not all(path in calls for path in declared):
+            declared = list(_whole_layers(self._network, "", self.dry_run))
         last = {}
-        for path in sorted(declared, key=lambda path: self._calls[path].ended):
-            layout = self._calls[path].gives
+        for path in sorted(declared, key=lambda path: calls[path].end):
+            layout = _layout(self.dry_run, self.dry_run.reached(path).output_shape)
             if layout is not None:
                 last[layout.stride] = Stage(path=path, stride=layout.stride, channels=layout.channels)
         return sorted(last.values(), key=lambda stage: stage.stride)
 
     def levels(self, return_layers: Sequence[str] | None, *, return_interm_layers: bool) -> Sequence[str]:
-        """The layers to return: those that are named; otherwise all default levels, or the last of them.
+        """Return the layers that are named; otherwise all default levels, or the last of them.
 
         Default levels are the last layers of every resolution of stride 4 and more: a ResNet's four stages.
 
@@ -78,7 +73,7 @@ class Survey:
         return return_layers
 
     def after_first_stage(self, return_layers: Sequence[str]) -> list[str]:
-        """The layers after the stem and the first stage, which DETR leaves as pretrained, up to the last one returned.
+        """Return the layers after the stem and the first stage, which DETR leaves as pretrained, up to the last level.
 
         The first stage ends with the last layer before the resolution falls below a quarter of the image's.
 
@@ -91,10 +86,10 @@ class Survey:
                 "`train_layers` must be given for a network without a stage of stride 4, got "
                 f"{describe_stages(self.stages)}"
             )
-        calls = self._calls
-        begin = calls[first[-1].path].ended
-        end = max((calls[path].ended for path in return_layers if path in calls), default=0)
-        after = [path for path, call in calls.items() if begin < call.began < end]
+        calls = self.dry_run.calls
+        start = calls[first[-1].path].end
+        end = max((calls[path].end for path in return_layers if path in calls), default=0)
+        after = [path for path, call in calls.items() if start < call.start < end]
         return [path for path in after if path.rpartition(".")[0] not in after]
 
     def _default_levels(self) -> list[str]:
@@ -109,60 +104,32 @@ class Survey:
             )
         return [stage.path for stage in self.stages if stage.stride >= 4]
 
-    @cached_property
-    def _calls(self) -> dict[str, _Call]:
-        return _calls(self._network)
-
 
 def stages(network: nn.Module) -> list[Stage]:
-    """The last layer before each change of resolution, as `Survey` finds them."""
+    """Return the last layer before each change of resolution, finest first."""
     return Survey(network).stages
 
 
-def _calls(network: nn.Module) -> dict[str, _Call]:
-    """The first call of each inner layer, by path, in a pass over an image without numbers."""
-    calls: dict[str, _Call] = {}
-    clock = count()
-
-    def begin(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        takes = layout_of(inputs[0].shape, PROBE) if inputs and isinstance(inputs[0], Tensor) else None
-        calls.setdefault(path, _Call(began=next(clock), takes=takes))
-
-    def end(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        if not calls[path].ended:
-            calls[path].ended = next(clock)
-            calls[path].gives = layout_of(output.shape, PROBE) if isinstance(output, Tensor) else None
-
-    handles = [
-        handle
-        for path, module in network.named_modules()
-        if path
-        for handle in (
-            module.register_forward_pre_hook(partial(begin, path)),
-            module.register_forward_hook(partial(end, path)),
-        )
-    ]
-    try:
-        on_meta(network, PROBE)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+def describe_stages(stages: Sequence[Stage]) -> str:
+    """Return stages as an error shows them: `layer1 (stride 4), layer2 (stride 8)`, or `none`."""
+    return ", ".join(f"{stage.path} (stride {stage.stride})" for stage in stages) or "none"
 
 
-def _whole_layers(network: nn.Module, around: str, calls: dict[str, _Call]) -> Iterator[str]:
-    """The called layers directly inside of `around`; of one that more than halves the resolution, those inside it."""
+def _layout(dry_run: DryRun, shape: tuple[int, ...] | None) -> Layout | None:
+    return None if shape is None else layout_of(shape, dry_run.size)
+
+
+def _whole_layers(network: nn.Module, around: str, dry_run: DryRun) -> Iterator[str]:
+    """Yield the called layers directly inside `around`; of one that more than halves the resolution, its own."""
     for name, child in network.get_submodule(around).named_children():
         path = f"{around}.{name}".lstrip(".")
-        call = calls.get(path)
-        inside = [f"{path}.{inner}" for inner, _ in child.named_children() if f"{path}.{inner}" in calls]
-        halves = call is not None and call.takes and call.gives and call.gives.stride <= 2 * call.takes.stride
+        call = dry_run.calls.get(path)
+        inside = [f"{path}.{inner}" for inner, _ in child.named_children() if f"{path}.{inner}" in dry_run.calls]
+        taken = given = None
+        if call is not None:
+            taken, given = _layout(dry_run, call.input_shape), _layout(dry_run, call.output_shape)
+        halves = taken and given and given.stride <= 2 * taken.stride
         if call is not None and (halves or not inside):
             yield path
         else:  # a ModuleList is not called, but its layers are
-            yield from _whole_layers(network, path, calls)
-
-
-def describe_stages(found: Sequence[Stage]) -> str:
-    """Stages as an error shows them: `layer1 (stride 4), layer2 (stride 8)`, or `none`."""
-    return ", ".join(f"{stage.path} (stride {stage.stride})" for stage in found) or "none"
+            yield from _whole_layers(network, path, dry_run)

@@ -1,25 +1,25 @@
 """Exact padding: why an image's features never depend on who shares its batch.
 
 A batch pads its smaller images with zeros, but the zeros do not last: the first bias makes the padding non-zero, and
-every window larger than one cell carries it across the border into the image. `ExactPadding` zeroes the padded cells
-again before each such window, which is what the window finds beyond the border of an image that stands alone. The valid
-cells of a level follow by ceiling division, as they do for the image alone.
+every window larger than one cell carries it across the border into the image. `zero_before_windows` makes a network
+zero the padded cells again before each such window, which is what the window finds beyond the border of an image that
+stands alone. The valid cells of a level follow by ceiling division, as they do for the image alone. A network for which
+that is not enough runs its images by size instead; see `by_size`.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from detr_backbone.errors import ConfigError
-from detr_backbone.forward_pass import current_thread
+from detr_backbone.forward_pass import Pass, PerThread
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.nested_tensor import NestedTensor, Size, valid_sizes, zero_beyond
+from detr_backbone.nested_tensor import NestedTensor, Size, zero_beyond
+from detr_backbone.networks.geometry import Geometry
 
 Padding: TypeAlias = Literal["exact", "zeros"]
 
@@ -35,7 +35,7 @@ _CELL_BY_CELL = (
 
 
 def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding: Padding) -> NestedTensor:
-    """A feature map as a level of its image batch: with the mask, and in exact mode with zeros in the padded cells.
+    """Return a feature map as a level of its image batch: with its mask, and in exact mode zeros in the padded cells.
 
     Args:
         tensors: features [B, C, h, w] of `images`.
@@ -50,106 +50,75 @@ def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding
     if padding == "zeros":
         mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
         return NestedTensor(tensors, mask)
-    mask = images.mask[:, ::stride, ::stride]
-    # A compiled graph must not be specialised on the sizes.
-    sizes = None if torch.compiler.is_compiling() else valid_sizes(images.sizes, stride)
+    mask, sizes = images.at_stride(stride)
     level = NestedTensor(tensors, mask, sizes=sizes)
     if level.is_padded:
         level.tensors = _zero_padded_cells(tensors, mask, sizes, in_place=not torch.is_grad_enabled())
     return level
 
 
-def refuse_leaky_layers(body: nn.Module, *, all_run: bool) -> None:
-    """Refuse a network with a layer of torch's that is not known to keep padding out of the image.
+def refuse_batch_statistics(body: nn.Module) -> None:
+    """Refuse a network with a norm that takes its statistics from the batch, where no image is independent of another.
+
+    Raises:
+        ConfigError: the message names the layer.
+    """
+    for path, module in body.named_modules():
+        # An InstanceNorm that keeps statistics changes them in training, image by image.
+        if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
+            raise ConfigError(
+                f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) takes its statistics from "
+                "the batch"
+            )
+
+
+def leaky_layer(body: nn.Module, geometry: Geometry, *, all_run: bool) -> str | None:
+    """Return why zeros before every window do not make a network exact, as far as its layers show; None if they may.
 
     Args:
         body: the network.
-        all_run: whether it holds no layer that its outputs do not need; otherwise only norms are looked at.
-
-    Raises:
-        ConfigError: such as for a normalisation over the whole map; the message names the layer.
+        geometry: of the network.
+        all_run: whether it holds no layer that its outputs do not need; otherwise only norms and windows are looked at.
     """
     for path, module in body.named_modules():
-        statistics = isinstance(module, _NormBase | nn.GroupNorm)
         leaf = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
-        if statistics or (all_run and leaf and not known):
-            why = "takes its statistics from padded cells too" if statistics else "is not known to keep padding out"
-            raise ConfigError(f"`padding` must be 'zeros' for this network, got 'exact': {path} ({module}) {why}")
+        if isinstance(module, _NormBase | nn.GroupNorm):
+            return f"{path} ({module}) takes its statistics from padded cells too"
+        if all_run and leaf and not known:
+            return f"{path} ({module}) is not known to keep padding out"
+        if _is_window(module) and path in geometry.without_stride:
+            return f"{path} ({module}) takes maps whose sides are not the image's divided by one whole stride"
+    return None
 
 
-class ExactPadding:
-    """Zeroes the padded cells before every layer of a network whose window is larger than one cell.
+def zero_before_windows(body: nn.Module, geometry: Geometry, passes: PerThread[Pass]) -> None:
+    """Let a network zero the padded cells before every layer whose window is larger than one cell.
 
-    torch's own layers are known or refused here. The code of others, and between layers, is not seen: `find_leak` runs
-    it. A part of the network that is computed a second time is exact within `again`; see `checkpoint_layers`.
+    torch's own layers are known, or `leaky_layer` names them. The code of others, and between layers, is not seen:
+    `find_leak` runs it.
 
     Args:
-        body: the network; its convolutions and pools get a hook that does nothing outside `around`.
-        input_strides: pixels per cell of what each layer takes, by path, as `measure` gives them.
+        body: the network; its convolutions and pools get a hook that does nothing outside of a pass over padded images.
+        geometry: of the network.
+        passes: those of the backbone that runs the network.
     """
-
-    def __init__(self, body: nn.Module, input_strides: Mapping[str, int]) -> None:
-        # Keyed by thread: a server may run one network in several threads at once.
-        self._levels: dict[int, _Levels | None] = {}
-        for path, module in body.named_modules():
-            if isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1)) and path in input_strides:
-                module.register_forward_pre_hook(partial(self._before_window, input_strides[path]))
-
-    def around(self, images: NestedTensor) -> AbstractContextManager[None]:
-        """Within this context, a pass of the network over `images.tensors` is exact."""
-        return _Within(self._levels, _Levels(images) if images.is_padded else None)
-
-    def again(self) -> AbstractContextManager[None]:
-        """The context that this thread is in now, for a part of the pass that is computed a second time, anywhere."""
-        return _Within(self._levels, self._levels.get(current_thread()))
-
-    def is_watched(self, body: nn.Module) -> bool:
-        """Whether a layer of the network has a hook of someone else, who may count on the whole batch."""
-        return any(
-            module._forward_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or any(getattr(hook, "func", None) != self._before_window for hook in module._forward_pre_hooks.values())
-            for module in body.modules()
-        )
-
-    def _before_window(self, stride: int, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        levels = self._levels.get(current_thread())
-        if levels is None:
-            return None
-        (features,) = inputs
-        # The image may be the caller's own memory, and another layer may have saved the features for its backward pass.
-        in_place = stride > 1 and not torch.is_grad_enabled()
-        return (levels.zero_padded_cells(features, stride, in_place=in_place),)
+    for path, module in body.named_modules():
+        if _is_window(module) and path in geometry.input_strides:
+            module.window = (geometry.input_strides[path], passes)
+            module.register_forward_pre_hook(_zero_inputs)
 
 
-class _Within:
-    """A context in which a thread has these levels; it can be entered again and again."""
-
-    def __init__(self, running: "dict[int, _Levels | None]", levels: "_Levels | None") -> None:
-        self._running = running
-        self._levels = levels
-
-    def __enter__(self) -> None:
-        self._running[current_thread()] = self._levels
-
-    def __exit__(self, *_: object) -> None:
-        del self._running[current_thread()]
-
-
-class _Levels:
-    """The masks of one batch at every stride that its pass meets, each made once."""
-
-    def __init__(self, images: NestedTensor) -> None:
-        self._images = images
-        self._made: dict[int, tuple[Tensor, tuple[Size, ...] | None]] = {}
-
-    def zero_padded_cells(self, features: Tensor, stride: int, *, in_place: bool) -> Tensor:
-        if stride not in self._made:
-            sizes = None if torch.compiler.is_compiling() else valid_sizes(self._images.sizes, stride)
-            self._made[stride] = (self._images.mask[:, ::stride, ::stride], sizes)
-        return _zero_padded_cells(features, *self._made[stride], in_place=in_place)
+def _zero_inputs(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    window: Any = module.window
+    stride, passes = window
+    running = passes.get()
+    if running is None or running.padded is None:
+        return None
+    (features,) = inputs
+    # The image may be the caller's own memory, and another layer may have saved the features for its backward pass.
+    in_place = stride > 1 and not torch.is_grad_enabled()
+    return (_zero_padded_cells(features, *running.padded.at_stride(stride), in_place=in_place),)
 
 
 def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | None, *, in_place: bool) -> Tensor:
@@ -158,6 +127,10 @@ def _zero_padded_cells(features: Tensor, mask: Tensor, sizes: Sequence[Size] | N
     if features.device.type != "cpu":  # one kernel for the batch
         return features.masked_fill_(mask[:, None], 0)
     return zero_beyond(features, sizes)
+
+
+def _is_window(module: nn.Module) -> bool:
+    return isinstance(module, _WINDOWED) and module.kernel_size not in (1, (1, 1))
 
 
 def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:

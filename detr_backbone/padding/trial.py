@@ -1,28 +1,27 @@
-"""Proof by trial that exact padding is exact: what a network gives for images alone, and for the same in one batch.
+"""Self-test at construction: what a backbone gives for images alone, and for the same images in one batch.
 
 A list of layers cannot speak for the code between them, such as a mean over the map inside of a block's forward. The
-trial runs that code. It replaces what a fresh network has as zeros or ones - biases, scales, statistics - by random
+self-test runs that code. It replaces what a fresh network has as zeros or ones - biases, scales, statistics - by random
 numbers, so that padding that gets through shows, and computes in float64, so that rounding does not.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from detr_backbone.forward_pass import evaluating
+from detr_backbone.errors import ConfigError
+from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
+from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list, pad_to_multiple, size_of
 from detr_backbone.networks.geometry import as_map, layout_of
 from detr_backbone.networks.input_channels import first_convolution
 
 Levels = Mapping[str, NestedTensor]
+State = dict[str, Tensor]
 
-_SIZES: tuple[Size, ...] = ((33, 50), (96, 80))
-"""The first has odd sides at most strides up to 32, the second even ones: what depends on parity shows too."""
 _TOLERANCE = 1e-6
 """Of the largest feature: float64 rounds less than 1e-12 of it, and padding that gets through changes some per cent."""
 _LAYERS_OF_RESNET = (
@@ -31,43 +30,121 @@ _LAYERS_OF_RESNET = (
 )
 
 
+class Leak(NamedTuple):
+    """Why a backbone is not exact; and whether that is because its forward fails."""
+
+    reason: str
+    fails: bool
+
+
 def is_plain_resnet(network: nn.Module) -> bool:
-    """Whether a network is a ResNet of torchvision as it is built: known to be exact, so that no trial is needed."""
+    """Return whether a network is a ResNet of torchvision as it is built: known to be exact, without a self-test."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     known = (ResNet, BasicBlock, Bottleneck, *_LAYERS_OF_RESNET)
     return type(network) is ResNet and all(type(module) in known for module in network.modules())
 
 
-def find_leak(forward: Callable[[NestedTensor], Levels], body: nn.Module) -> str | None:
-    """Why a network is not exact, for an error: the layer where padding shows, or what it fails at; None if it is.
+def find_leak(backbone: nn.Module, body: nn.Module, divisor: int) -> Leak | None:
+    """Return the layer where padding shows, or what the network fails at; None if every image is exact.
 
     Args:
-        forward: a batch -> its levels, as the backbone computes them.
-        body: the network that `forward` runs; its state is as before when the trial is over.
+        backbone: maps a NestedTensor to its levels; it stays as it is.
+        body: the network inside of it.
+        divisor: sides of a batch are padded to multiples of it.
     """
-    _, convolution = first_convolution(body)
-    if convolution.weight.is_meta:  # nothing can be computed; the layers themselves have been looked at
+    state = _draw_sensitive_weights(backbone)
+    if state is None:
         return None
+    with _evaluation_in_float64(backbone):
+        for sizes in _sizes(divisor):
+            images = _draw_images(body, sizes)
+            try:
+                batch, got = _run(backbone, body, state, images, divisor)
+                alone = [_run(backbone, body, state, [image], divisor) for image in images]
+            except Exception as error:  # such as for a convolution over something else than a map of the batch
+                pixels = " and ".join(f"{h} x {w}" for h, w in sizes)
+                return Leak(f"the network fails for images of {pixels} pixels: {error}", fails=True)
+            for index, (levels, expected) in enumerate(alone):
+                if not _equal(levels, batch, index):
+                    where = _first_difference(body, expected[0], got[index])
+                    return Leak(f"padding gets into the image, first seen in the output of {where}", fails=False)
+    return None
+
+
+def refuse_hidden_batch_statistics(backbone: nn.Module, body: nn.Module, divisor: int) -> None:
+    """Refuse a network whose norms take statistics from the batch, though their classes do not say so.
+
+    Args:
+        backbone: see `find_leak`.
+        body: the network inside of it.
+        divisor: see `find_leak`.
+
+    Raises:
+        ConfigError: a forward in training changes a buffer, or images of one size depend on each other.
+    """
+    state = _draw_sensitive_weights(backbone)
+    if state is None:
+        return
+    (size, *_), *_ = _sizes(divisor)
+    images = _draw_images(body, (size, size))
+    with _evaluation_in_float64(backbone), torch.random.fork_rng([]):
+        batch, _ = _run(backbone, body, state, images, divisor)
+        alone = [_run(backbone, body, state, [image], divisor)[0] for image in images]
+        if not all(_equal(levels, batch, index) for index, levels in enumerate(alone)):
+            raise ConfigError(
+                "`padding` must be 'zeros' for this network, got 'exact': images of one size depend on each other"
+            )
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        backbone.train()
+        _run(backbone, body, state, images, divisor)
+    for name in dict(backbone.named_buffers()):
+        if name in before and not torch.equal(before[name], state[name]):
+            raise ConfigError(
+                f"`padding` must be 'zeros' for this network, got 'exact': {name} changes in training, so it holds "
+                "statistics of the batch"
+            )
+
+
+def _sizes(divisor: int) -> list[tuple[Size, ...]]:
+    """Return pairs of image sizes: odd sides at most strides up to 32, even ones, and sides that need no divisor."""
+    if divisor <= 32:
+        return [((33, 50), (96, 80)), ((64, 96), (96, 128))]
+    return [((divisor // 2 + 1, divisor), (divisor, 2 * divisor)), ((divisor, divisor), (2 * divisor, divisor))]
+
+
+def _draw_images(body: nn.Module, sizes: Sequence[Size]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = [
-        torch.randn(convolution.in_channels, *size, generator=generator, device="cpu").double() for size in _SIZES
-    ]
-    alone, together = (nested_tensor_from_tensor_list(batch) for batch in (images[:1], images))
-    with _random_state(body, generator), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            (levels, expected), (levels_together, got) = (_run(forward, body, batch) for batch in (alone, together))
-        except Exception as error:  # such as for a convolution over something else than a map of the batch
-            return f"it fails for images of {_SIZES[0]} and {_SIZES[1]} pixels: {error}"
-    if _equal(levels, levels_together):
-        return None
-    where = _first_difference(body, expected, got)
-    return f"padding gets into the image, first seen in the output of {where}"
+    channels = first_convolution(body)[1].in_channels
+    return [torch.randn(channels, *size, generator=generator, device="cpu", dtype=torch.float64) for size in sizes]
 
 
-def _equal(alone: Levels, together: Levels) -> bool:
+def _run(
+    backbone: nn.Module, body: nn.Module, state: State, images: Sequence[Tensor], divisor: int
+) -> tuple[Levels, list[dict[str, Tensor]]]:
+    """Return the levels, and of each image its cells in each layer's output, in the order in which layers return."""
+    batch = pad_to_multiple(nested_tensor_from_tensor_list(images), divisor)
+    outputs: list[dict[str, Tensor]] = [{} for _ in images]
+    padded: list[Size] = []
+
+    def note(_: str, __: nn.Module, inputs: tuple[Any, ...]) -> None:
+        padded.append(size_of(inputs[0]))
+
+    def keep(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim in (3, 4) and len(output) == len(images):
+            for index, size in enumerate(batch.sizes):
+                if path not in outputs[index]:
+                    cells = _cells_of(output[index : index + 1], size, padded[-1])
+                    outputs[index][path] = cells.clone()
+
+    layers = {path: module for path, module in body.named_modules() if path}
+    with hooked({"": body}, before=note), hooked(layers, after=keep):
+        return torch.func.functional_call(backbone, state, (batch,)), outputs
+
+
+def _equal(alone: Levels, batch: Levels, index: int) -> bool:
     return all(
-        _same(level.tensors[0, :, :h, :w], together[name].tensors[0, :, :h, :w])
+        _same(level.tensors[0, :, :h, :w], batch[name].tensors[index, :, :h, :w])
         for name, level in alone.items()
         for h, w in level.sizes
     )
@@ -79,7 +156,7 @@ def _same(alone: Tensor, together: Tensor) -> bool:
 
 
 def _first_difference(body: nn.Module, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
-    """The first layer to return that gives the image's own cells another value in the batch."""
+    """Return the first layer to return that gives the image's own cells another value in the batch."""
     modules = dict(body.named_modules())
     for path, output in expected.items():
         if path in got and output.shape == got[path].shape and not _same(output, got[path]):
@@ -87,31 +164,8 @@ def _first_difference(body: nn.Module, expected: Mapping[str, Tensor], got: Mapp
     return "the code between its layers"
 
 
-def _run(
-    forward: Callable[[NestedTensor], Levels], body: nn.Module, batch: NestedTensor
-) -> tuple[Levels, dict[str, Tensor]]:
-    """The levels, and the first image's cells in each layer's output, in the order in which the layers return."""
-    outputs: dict[str, Tensor] = {}
-    padded: list[Size] = []
-
-    def note(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        padded.append((inputs[0].shape[-2], inputs[0].shape[-1]))
-
-    def keep(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim in (3, 4) and path not in outputs:
-            outputs[path] = _cells_of(output[:1], batch.sizes[0], padded[0]).clone()
-
-    handles = [body.register_forward_pre_hook(note)]
-    handles += [module.register_forward_hook(partial(keep, path)) for path, module in body.named_modules() if path]
-    try:
-        return forward(batch), outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
-    """The cells of an image of `size` in a map of a batch of `padded` pixels; all of what is no such map."""
+    """Return the cells of an image of `size` in a map of a batch of `padded` pixels; all of what is no such map."""
     layout = layout_of(output.shape, padded)
     if layout is None:
         return output
@@ -120,30 +174,32 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 
 
 @contextmanager
-def _random_state(body: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """On the CPU, in float64 and in eval mode, with numbers of which every one shows in the outputs."""
-    tensors = [tensor for tensor in [*body.parameters(), *body.buffers()] if tensor.is_floating_point()]
-    kept = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = _telling(tensor.data, generator)
-        with evaluating(body):
-            yield
-    finally:
-        for tensor, data in zip(tensors, kept, strict=True):
-            tensor.data = data
+def _evaluation_in_float64(backbone: nn.Module) -> Iterator[None]:
+    with evaluating(backbone), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
-def _telling(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor of this shape by which a layer's output is about as large as its input.
+def _draw_sensitive_weights(backbone: nn.Module) -> State | None:
+    """Return a state on the CPU, in float64, of which every number shows in the outputs; None on the meta device.
 
     A fresh network has zeros and ones in vectors, and matrices small enough to hide what passes through a few of them.
     """
+    generator = torch.Generator().manual_seed(0)
+    state: State = {}
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        if tensor.is_meta:
+            return None
+        state[name] = _draw_like(tensor, generator) if tensor.is_floating_point() else tensor.detach().cpu().clone()
+    return state
+
+
+def _draw_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a tensor of this shape by which a layer's output is about as large as its input."""
     if tensor.numel() == max(tensor.shape, default=1):
-        drawn = torch.rand(tensor.shape, generator=generator, device="cpu")
-        return (drawn * 0.8 + 0.2).double()  # as variances and scales are: positive, around one half
-    tensor = tensor.to("cpu", torch.float64)
+        drawn = torch.rand(tensor.shape, generator=generator, device="cpu", dtype=torch.float64)
+        return drawn * 0.8 + 0.2  # as variances and scales are: positive, around one half
+    tensor = tensor.detach().to("cpu", torch.float64)
     if not tensor.any():
-        tensor = torch.randn(tensor.shape, generator=generator, device="cpu").double()
+        tensor = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float64)
     fan_in = tensor[0].numel()
     return tensor * (2 / fan_in / tensor.square().mean()).sqrt()  # for ReLU: arXiv 1502.01852, section 2.2

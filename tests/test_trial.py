@@ -53,13 +53,62 @@ def network(block: nn.Module) -> nn.Sequential:
 
 @pytest.mark.parametrize(
     ("block", "layer"),
-    [(Gated(), r"2.gate \(Conv2d\)"), (Pooled(), r"2 \(Pooled\)"), (Normed(), r"2 \(Normed\)")],
+    [(Gated(), "2.gate (Conv2d)"), (Pooled(), "2 (Pooled)"), (Normed(), "2 (Normed)")],
 )
 def test_code_between_layers_that_lets_padding_in_is_named(block: nn.Module, layer: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"got 'exact': padding gets into the image, first seen in the output of {layer}"
-    ):
+    backbone = BackboneBase(network(block), return_layers=["3"], train_layers=["0"])
+
+    assert backbone.batching == "by_size"
+    assert backbone.leak == f"padding gets into the image, first seen in the output of {layer}"
+
+
+class OfTheBatch(Block):
+    """A norm that no class tells to be one of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8, 1, 1))
+
+    def more(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.mean((0, 2, 3))[:, None, None], 0.1)
+        return self.gate(x) - self.mean
+
+
+class AcrossTheBatch(Block):
+    def more(self, x: Tensor) -> Tensor:
+        return self.gate(x) - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(("block", "key"), [(OfTheBatch(), "2.mean"), (AcrossTheBatch(), "depend on each other")])
+def test_statistics_of_the_batch_are_refused_that_only_a_forward_shows(block: nn.Module, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"`padding` must be 'zeros'.*{key}"):
         BackboneBase(network(block), return_layers=["3"], train_layers=["0"])
+
+
+class OnlyLast(Block):
+    """Leaks into every image but the first."""
+
+    def more(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:1], x[1:] + x[1:].mean((2, 3), keepdim=True)])
+
+
+def test_every_image_of_the_batch_is_compared() -> None:
+    with pytest.raises(ConfigError, match="`padding` must be 'zeros'"):
+        BackboneBase(network(OnlyLast()), return_layers=["3"], train_layers=["0"])
+
+
+class AtEvenSides(Block):
+    """Leaks only where the sides of the batch are multiples of 64."""
+
+    def more(self, x: Tensor) -> Tensor:
+        return x + x.mean((2, 3), keepdim=True) * (x.shape[-1] % 64 == 0 and x.shape[-2] % 48 == 0)
+
+
+def test_images_whose_sides_are_even_everywhere_are_tried_too() -> None:
+    backbone = BackboneBase(network(AtEvenSides()), return_layers=["3"], train_layers=["0"])
+
+    assert backbone.batching == "by_size"
 
 
 def test_code_between_layers_that_works_cell_by_cell_is_exact() -> None:
@@ -75,10 +124,7 @@ def test_the_trial_leaves_a_network_as_it_was(block: nn.Module, dtype: torch.dty
     tried[1].eval()
     before = {name: tensor.clone() for name, tensor in tried.state_dict().items()}
     storages = {name: tensor.data_ptr() for name, tensor in tried.state_dict().items()}
-    try:
-        BackboneBase(tried, return_layers=["2", "3"], train_layers=["0"], channels_last=False)
-    except ConfigError:
-        assert isinstance(block, Looks)
+    BackboneBase(tried, return_layers=["2", "3"], train_layers=["0"])
 
     assert [module.training for module in tried] == [True, False, True, True]
     assert {name: tensor.data_ptr() for name, tensor in tried.state_dict().items()} == storages

@@ -1,0 +1,251 @@
+"""Feature levels of a network with their masks: what every backbone of a detector is."""
+
+from collections.abc import Sequence
+from typing import Self, TypeVar
+
+import torch
+from torch import nn
+
+from detr_backbone.activation_checkpointing import checkpoint_layers
+from detr_backbone.errors import ConfigError
+from detr_backbone.folding import fold_pairs, prepare_folding
+from detr_backbone.forward_pass import Pass, PerThread
+from detr_backbone.layer_getter import IntermediateLayerGetter
+from detr_backbone.nested_tensor import (
+    Images,
+    NestedTensor,
+    Size,
+    as_nested_tensor,
+    pad_to_multiple,
+    size_of,
+    valid_sizes,
+)
+from detr_backbone.networks.build import train_only
+from detr_backbone.networks.dry_run import DryRun
+from detr_backbone.networks.geometry import Geometry, as_map, measure
+from detr_backbone.networks.stages import Survey
+from detr_backbone.networks.structure import Structure, structure_of
+from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows
+from detr_backbone.padding.plan import Batching, choose_plan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+TRAINED_STAGES = ("layer2", "layer3", "layer4")
+"""What DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
+
+
+class BackboneBase(nn.Module):
+    """Feature levels with their masks, finest first, of a network.
+
+    Args:
+        backbone: the network, with FrozenBatchNorm2d where it normalises.
+        return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
+        return_layers: the general form: any layers by path, in any order; contradicts `return_interm_layers`.
+        train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
+        padding: "exact" makes an image's features independent of who shares its batch; "zeros" reproduces the original
+            code (facebookresearch/detr), where padding leaks into the image.
+        channels_last: compute in torch.channels_last, which convolutions are faster with; parameters stay contiguous.
+        checkpointed_layers: paths of layers whose inner activations are computed again in the backward pass.
+        survey: a survey of the network as its library built it, if there is one already; it is surveyed once.
+
+    Attributes:
+        body: the IntermediateLayerGetter; frozen BatchNorms are folded (see `folding`); state-dict keys are `body.*`.
+        strides, channels: one entry per level, measured, finest level first.
+        num_channels: channels of the coarsest level.
+        input_strides: pixels per cell of what each inner layer takes, by path.
+        size_divisor: a batch is padded to sides that it divides before it runs through the network; 1 for a ResNet, the
+            coarsest stride for a network that would round sizes down, or whose windows follow the size of the image.
+        batching: "masked", the whole batch with zeros before every window; "by_size", images of equal size together,
+            for a network that is exact in no other way; "padded", the whole batch as it is, for `padding="zeros"`.
+        leak: why the network is not "masked", such as the layer that takes its statistics from padded cells; None if
+            it is, or need not be.
+
+    Raises:
+        ConfigError: a layer does not exist, an entry of `train_layers` has no parameters, nothing that is left trains,
+            options contradict, or a norm takes its statistics from the batch under "exact".
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        return_interm_layers: bool = False,
+        return_layers: Sequence[str] | None = None,
+        train_layers: Sequence[str] = TRAINED_STAGES,
+        padding: Padding = "exact",
+        channels_last: bool = True,
+        checkpointed_layers: Sequence[str] = (),
+        survey: Survey | None = None,
+    ) -> None:
+        super().__init__()
+        if padding not in ("exact", "zeros"):
+            raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
+        self.padding = padding
+        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self._passes: PerThread[Pass] = PerThread()
+        self._structure: Structure | None = None
+        self.batching: Batching = "padded" if padding == "zeros" else "masked"
+        self._zeroes_padding = padding == "exact"
+        self._is_folded_for_inference = False
+        survey = survey or Survey(backbone)
+        return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)
+        # The layers come first: what no level needs is dropped, and is neither measured nor tried.
+        paths = self._choose_layers(backbone, return_layers, train_layers)
+        # Geometry says where there are levels and windows, so it stands before whatever depends on a stride.
+        geometry = self._measure(backbone, survey.dry_run, paths)
+        # Folding replaces convolutions, so it stands before the hooks and the self-test, which run what will run.
+        self._folded = prepare_folding(self.body, survey.dry_run.sole_readers(paths), self._passes)
+        # The self-test runs the backbone as it is by now.
+        self._make_exact(backbone, geometry)
+        # Checkpointing changes no result, so it needs no test; it wraps the layers as they are at last.
+        checkpoint_layers(self.body, checkpointed_layers, self._passes)
+        self._structure = structure_of(self.body, self._passes)
+
+    def forward(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
+        """Return levels [B, C, h, w] with their masks under "0", "1", …, finest first; h = ceil(H / stride).
+
+        Images that share a pass are the whole batch or, where that is exact alone or faster, those of equal size; a
+        hook on a layer fires once for each pass.
+
+        Args:
+            images: a NestedTensor of this package or any other, or what makes one: images [C, h, w] of any sizes, or a
+                batch [B, C, H, W].
+            sizes: valid (h, w) of each image, for a batch [B, C, H, W] that is padded.
+        """
+        batch = as_nested_tensor(images, sizes)
+        if self.padding == "zeros" or not batch.is_padded:
+            return self.forward_whole_batch(batch)
+        from detr_backbone.padding.by_size import is_faster_by_size  # it loads torch's compiler
+
+        if self.batching == "by_size" or not self._is_intact() or is_faster_by_size(batch, self.body):
+            return self.forward_by_size(batch)
+        return self.forward_whole_batch(batch)
+
+    def forward_by_size(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
+        """Return what `forward` does, from a pass for each size of image: exact for every network.
+
+        Raises:
+            ConfigError: the network is sharded layer by layer, so that all processes must make the same passes.
+        """
+        from detr_backbone.padding.by_size import is_sharded, run_by_size
+
+        if is_sharded(self.body):
+            raise ConfigError(
+                "a network that runs images by size must not be sharded layer by layer, since processes would make "
+                'different passes; shard the detector around it, or give `padding="zeros"`'
+            )
+        return run_by_size(self.forward_whole_batch, as_nested_tensor(images, sizes), self.strides, self.size_divisor)
+
+    def forward_whole_batch(
+        self, images: Images, sizes: Sequence[Size] | None = None, *, folds: bool = True
+    ) -> dict[str, NestedTensor]:
+        """Return what `forward` does, from one pass: exact where `batching` is "masked" or all sizes are equal.
+
+        Args:
+            images: see `forward`.
+            sizes: see `forward`.
+            folds: let convolutions do the work of the frozen BatchNorms behind them.
+        """
+        given = as_nested_tensor(images, sizes)
+        batch = self.pad(given)
+        with self._passes.set(self._pass_over(batch, folds=folds)):
+            outputs = self.body(batch.tensors.to(memory_format=self._memory_format))
+        levels = {}
+        for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
+            cells = as_map(output, layout, size_of(batch.tensors))
+            ((h, w),) = valid_sizes([size_of(given.tensors)], layout.stride)
+            levels[name] = feature_level(cells[:, :, :h, :w], given, stride=layout.stride, padding=self.padding)
+        return levels
+
+    def pad(self, images: Images) -> NestedTensor:
+        """Return the batch that runs through the network: with sides that `size_divisor` divides."""
+        return pad_to_multiple(as_nested_tensor(images), self.size_divisor)
+
+    def fold_for_inference(self, dtype: torch.dtype | None = None) -> None:
+        """Fold every frozen BatchNorm into its convolution for good; see the function of this name."""
+        if not self._is_intact():
+            raise ConfigError("`fold_for_inference` must find the network as it was built, got one with other layers")
+        fold_pairs(self.body, self._folded, dtype=dtype)
+        self.requires_grad_(requires_grad=False).eval()
+        self._folded = {}
+        self._structure = structure_of(self.body, self._passes)
+        self._is_folded_for_inference = True
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self._is_folded_for_inference:
+            raise ConfigError("a backbone that is folded for inference does not train; build it again")
+        return super().train(mode)
+
+    def _choose_layers(
+        self, backbone: nn.Module, return_layers: Sequence[str], train_layers: Sequence[str]
+    ) -> list[str]:
+        """Make the getter of the layers, and let those train that shall; return the layers, first to last."""
+        if len(set(return_layers)) < len(return_layers):
+            raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
+        train_only(backbone, train_layers)
+        depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
+        ordered = sorted(return_layers, key=lambda path: depth.get(path, len(depth)))
+        try:
+            self.body = IntermediateLayerGetter(backbone, {path: str(level) for level, path in enumerate(ordered)})
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if train_layers and not any(parameter.requires_grad for parameter in self.body.parameters()):
+            raise ConfigError(
+                f"`train_layers` must name none or layers that lead to {list(return_layers)}, got {list(train_layers)}"
+            )
+        return ordered
+
+    def _measure(self, backbone: nn.Module, dry_run: DryRun, paths: Sequence[str]) -> Geometry:
+        geometry = measure(backbone, dry_run, paths)
+        # The getter gives its outputs in the order in which they are computed.
+        order = sorted(range(len(paths)), key=lambda index: dry_run.reached(paths[index]).end)
+        self._layouts = tuple(geometry.layouts[index] for index in order)
+        self.strides = tuple(layout.stride for layout in self._layouts)
+        self.channels = tuple(layout.channels for layout in self._layouts)
+        self.num_channels = self.channels[-1]
+        self.input_strides = geometry.input_strides
+        self.size_divisor = geometry.divisor
+        return geometry
+
+    def _make_exact(self, backbone: nn.Module, geometry: Geometry) -> None:
+        """Let windows find zeros in the padding, and choose the plan by which no image depends on another."""
+        if self.padding == "exact":
+            zero_before_windows(self.body, geometry, self._passes)
+        plan = choose_plan(self, backbone, self.body, geometry, self.padding)
+        self.batching, self.leak, self.size_divisor = plan.batching, plan.leak, plan.size_divisor
+        self._zeroes_padding = plan.zeroes_padding
+
+    def _pass_over(self, batch: NestedTensor, *, folds: bool) -> Pass:
+        """Return what the layers need to know; a network that was changed since runs as it is, without folding."""
+        norms = {}
+        if folds and self._is_intact():
+            norms = {path: self.body.get_submodule(path) for path in self._folded}
+        return Pass(padded=batch if self._zeroes_padding and batch.is_padded else None, norms=norms)
+
+    def _is_intact(self) -> bool:
+        """Return whether the network stands as it was built, so that what was tried and folded then holds now."""
+        if torch.compiler.is_compiling() or self._structure is None:
+            return True
+        return structure_of(self.body, self._passes) == self._structure
+
+
+def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+    """Fold frozen BatchNorm into the convolutions before it, once and for good, and return the model, in eval mode.
+
+    It then runs without scaling weights in every pass. State-dict keys change, so weights are loaded before; parameters
+    are frozen, and training is refused.
+
+    Args:
+        model: a BackboneBase, or what holds some, such as a detector; it is changed in place.
+        dtype: of the folded weights, such as torch.bfloat16 to run under autocast of that dtype, which then has nothing
+            to convert; left out, that of the weights.
+
+    Raises:
+        ConfigError: there is no backbone in the model, or its layers were changed after it was built.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, BackboneBase)]
+    if not backbones:
+        raise ConfigError(f"`model` must hold a backbone, got {type(model).__name__} without any")
+    for backbone in backbones:
+        backbone.fold_for_inference(dtype)
+    return model.eval()

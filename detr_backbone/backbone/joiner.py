@@ -1,0 +1,110 @@
+"""A backbone and a position encoding, joined as a transformer takes them, and the configuration of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor, nn
+
+from detr_backbone.backbone.backbone import Backbone
+from detr_backbone.backbone.base import BackboneBase
+from detr_backbone.nested_tensor import (
+    Images,
+    NestedTensor,
+    Size,
+)
+from detr_backbone.networks.norms import Norm
+from detr_backbone.padding.exact import Padding
+from detr_backbone.position_encoding import PositionEncodingConfig, build_position_encoding
+
+
+class Joiner(nn.Sequential):
+    """A backbone and a position encoding, joined: levels and their positions, as a transformer takes them.
+
+    `joiner[0]` is the backbone, `joiner[1]` the position encoding; keys are published checkpoints' (`0.body.*`).
+
+    Attributes:
+        strides, channels: one entry per level, finest first.
+        num_channels: channels of the coarsest level; a detector with one level reads it, and it may be assigned.
+        padding: how the backbone treats padding; a detector that convolves its levels further keeps to it.
+
+    >>> import torch
+    >>> joiner = build_backbone(BackboneConfig(name="resnet18", return_layers=("layer3", "layer4")))
+    >>> features, positions = joiner([torch.zeros(3, 64, 96), torch.zeros(3, 33, 47)])
+    >>> [level.tensors.shape for level in features], features[0].sizes
+    ([torch.Size([2, 256, 4, 6]), torch.Size([2, 512, 2, 3])], ((4, 6), (3, 3)))
+    >>> [position.shape for position in positions]
+    [torch.Size([2, 256, 4, 6]), torch.Size([2, 256, 2, 3])]
+    """
+
+    def __init__(self, backbone: BackboneBase, position_embedding: nn.Module) -> None:
+        super().__init__(backbone, position_embedding)
+        self.strides = backbone.strides
+        self.channels = backbone.channels
+        self.num_channels = backbone.num_channels
+        self.padding = backbone.padding
+
+    def forward(self, images: Images, sizes: Sequence[Size] | None = None) -> tuple[list[NestedTensor], list[Tensor]]:
+        """Return levels and positions [B, hidden_dim, h, w] in the levels' dtype, finest first; see BackboneBase."""
+        features = list(cast(dict[str, NestedTensor], self[0](images, sizes)).values())
+        return features, [self[1](level).to(level.tensors.dtype) for level in features]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A backbone by name.
+
+    Args:
+        name: a model of torchvision, such as resnet50, or of timm, such as timm/tf_efficientnet_lite0.
+        weights: null (random), a torchvision weights name such as IMAGENET1K_V1, or the path of a local file; a network
+            of timm takes files only.
+        in_channels: channels of the images; pretrained weights of 3 are summed for 1, repeated and scaled for more.
+        return_layers: the layers that become levels, by path; null for the last stage ([layer4] of a ResNet).
+        train_layers: the layers that train; [] freezes the whole backbone; null for all but the stem and the first
+            stage ([layer2, layer3, layer4] of a ResNet).
+        norm: what stands where the network has BatchNorm. frozen: its statistics and affine parameters, for ever.
+            batch, sync: it learns, on each device or across them, in the layers that train. group: GroupNorm of 32
+            groups, for training without pretrained weights. batch and sync need `padding: zeros`.
+        dilation: DC5, layer4 at the resolution of layer3; only for ResNets of Bottleneck blocks.
+        padding: exact, or zeros as in the original code, where an image's features depend on its batch.
+        channels_last: the memory format of convolutions, faster on most devices than the other.
+        checkpointed_layers: layers whose inner activations are computed again in the backward pass, to save memory.
+        position_encoding: how positions are encoded.
+        hidden_dim: channels of the position encodings, and of the detector that reads them.
+    """
+
+    name: str = "resnet50"
+    weights: str | None = None
+    in_channels: int = 3
+    return_layers: tuple[str, ...] | None = None
+    train_layers: tuple[str, ...] | None = None
+    norm: Norm = "frozen"
+    dilation: bool = False
+    padding: Padding = "exact"
+    channels_last: bool = True
+    checkpointed_layers: tuple[str, ...] = ()
+    position_encoding: PositionEncodingConfig = field(default_factory=PositionEncodingConfig)
+    hidden_dim: int = 256
+
+
+def build_backbone(config: BackboneConfig) -> Joiner:
+    """The backbone that `config` describes.
+
+    Raises:
+        ConfigError: an unknown name, or options that contradict each other.
+        WeightsError: the weights cannot be loaded completely.
+    """
+    position_encoding = build_position_encoding(config.position_encoding, config.hidden_dim)
+    backbone = Backbone(
+        config.name,
+        weights=config.weights,
+        in_channels=config.in_channels,
+        norm=config.norm,
+        dilation=config.dilation,
+        return_layers=config.return_layers,
+        train_layers=config.train_layers,
+        padding=config.padding,
+        channels_last=config.channels_last,
+        checkpointed_layers=config.checkpointed_layers,
+    )
+    return Joiner(backbone, position_encoding)

@@ -1,0 +1,39 @@
+"""Whether a network still stands as it was built: which layer is where, and which take part in a backbone's passes."""
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from detr_backbone.forward_pass import Pass, PerThread
+
+Structure: TypeAlias = tuple[tuple[Any, ...], ...]
+
+
+def structure_of(network: nn.Module, passes: PerThread[Pass]) -> Structure:
+    """Return what a backbone relies on when it folds pairs and zeroes padding, to be compared with itself later.
+
+    It changes when a layer is added, removed, wrapped, or exchanged for one that computes something else or does not
+    take part in the passes; not when weights change, and not when a layer is parametrized, sharded or gets a hook.
+
+    Args:
+        network: the network.
+        passes: those of the backbone that runs the network.
+    """
+    return tuple(_entries("", network, passes))
+
+
+def _entries(name: str, module: nn.Module, passes: PerThread[Pass]) -> Iterator[tuple[Any, ...]]:
+    own = vars(module)
+    folding, window = own.get("folding"), own.get("window")
+    yield (
+        name,
+        type(module).forward,
+        len(module._modules),
+        own.get("kernel_size"),
+        folding and (folding[0], folding[1] is passes),
+        window and (window[0], window[1] is passes),
+    )
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from _entries(child_name, child, passes)
