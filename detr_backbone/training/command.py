@@ -13,8 +13,7 @@ def parse_options(function: Callable[..., None]) -> dict[str, Any]:
     """The keyword arguments that the command line gives for a function; its docstring is the help."""
     parser = ArgumentParser(description=(function.__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_function_arguments(function, fail_untyped=True)
-    options: dict[str, Any] = vars(parser.instantiate(parser.parse_args()))
-    return options
+    return vars(parser.instantiate(parser.parse_args()))
 
 
 @contextmanager

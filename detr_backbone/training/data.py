@@ -154,5 +154,4 @@ def eval_loader(dataset: CocoDetection, config: DataConfig, *, world_size: int =
 def _aspect_ratios(dataset: CocoDetection) -> npt.NDArray[np.float64]:
     """Height / width of each image."""
     heights, widths = dataset.annotations.sizes.T
-    ratios: npt.NDArray[np.float64] = heights / widths
-    return ratios
+    return heights / widths

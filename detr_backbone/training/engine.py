@@ -54,9 +54,9 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
     from accelerate.utils import set_seed
 
     folder = Path(config.output_dir)
-    previous = _previous_checkpoint(folder / CHECKPOINT, resume=config.resume)
+    previous = load_previous(folder / CHECKPOINT, resume=config.resume)
     train_set, val_set = _open_splits(config)
-    config = _resolved(config, train_set, val_set)
+    config = resolve_classes(config, train_set, val_set)
     log = RunLog(folder, is_main=accelerator.is_main_process)
 
     set_seed(config.seed)
@@ -68,7 +68,7 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, len(loader))
     log.say(
-        f"{_described(train_set, config)} to train on, {_described(val_set, config)} to evaluate, "
+        f"{describe_dataset(train_set, config)} to train on, {describe_dataset(val_set, config)} to evaluate, "
         f"{len(loader)} steps per epoch"
     )
     log.say(describe_groups(optimizer))
@@ -78,9 +78,10 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
         log.say(f"resumed after epoch {previous.epoch}")
     else:
         seed_epoch(loader, config.seed, epoch=0, rank=rank)
-        log.say(_start(model, config, loader, accelerator))
+        calibrate(model, config, loader, accelerator)
+        log.say(describe_start(model, config))
     if accelerator.is_main_process:
-        save_config(config, folder / "config.yaml", remarks=_identities(train_set, val_set))
+        save_config(config, folder / "config.yaml", remarks=identify_images(train_set, val_set))
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
     prepared = accelerator.prepare(model)
 
@@ -121,26 +122,38 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
 
 
 def _build_model(config: TrainConfig, *, resumed: bool) -> DETR | DeformableDETR:
+    """Build the detector, compiled where asked for; a resumed one needs no pretrained weights."""
     model = build_detector(without_pretrained(config.detector) if resumed else config.detector)
     if config.compile:
         model.compile()
     return model
 
 
-def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: "Accelerator") -> str:
-    """Give the backbone of a new run what it starts from, and say what that is."""
-    report = model.backbone[0].weights
-    if report is not None:
-        return f"backbone: {report}"
-    if not any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules()):
+def needs_calibration(model: DETR | DeformableDETR) -> bool:
+    """Return whether the backbone has frozen BatchNorm without the statistics of pretrained weights."""
+    has_frozen = any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules())
+    return has_frozen and model.backbone[0].weights is None
+
+
+def calibrate(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: "Accelerator") -> None:
+    """Give a new run's frozen BatchNorm the statistics of training images, where it has none."""
+    if needs_calibration(model) and config.calibration_images:
+        calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
+
+
+def describe_start(model: DETR | DeformableDETR, config: TrainConfig) -> str:
+    """Return what the backbone of a new run starts from, in one line."""
+    if model.backbone[0].weights is not None:
+        return f"backbone: {model.backbone[0].weights}"
+    if not needs_calibration(model):
         return "backbone: random weights"
     if not config.calibration_images:
         return "backbone: random weights, and frozen BatchNorm without statistics: expect it not to train"
-    taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
-    return f"backbone: random weights, frozen BatchNorm took its statistics from {taken} training images"
+    return f"backbone: random weights, frozen BatchNorm calibrated on {config.calibration_images} training images"
 
 
 def _open_splits(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
+    """Open both splits, and apply the policy for images with more boxes than queries."""
     train_set = open_split(config.data, config.data.train, train=True)
     crowded = more_boxes_than_queries(
         train_set.boxes_per_image,
@@ -153,7 +166,8 @@ def _open_splits(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
     return train_set, open_split(config.data, config.data.val, train=False)
 
 
-def _described(dataset: CocoDetection, config: TrainConfig) -> str:
+def describe_dataset(dataset: CocoDetection, config: TrainConfig) -> str:
+    """Return the number of images of a dataset and the faults of its annotations that were let through."""
     done = {"drop": " dropped", "clamp": " clipped", "warn": "", "": ""}
     notes = [
         f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
@@ -162,15 +176,16 @@ def _described(dataset: CocoDetection, config: TrainConfig) -> str:
     return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def _identities(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
-    """What tells later whether another run saw the same images."""
+def identify_images(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
+    """Return one line per split that identifies its images, for a comparison with other runs."""
     return [
         f"data.{split}: {len(dataset)} images, ids sha256 {image_ids_sha256(dataset.image_ids)}"
         for split, dataset in (("train", train_set), ("val", val_set))
     ]
 
 
-def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
+def load_previous(path: Path, *, resume: bool) -> Checkpoint | None:
+    """Return the checkpoint to continue from; None for a new run, which must not overwrite another."""
     if resume:
         return load_checkpoint(path)
     if path.exists():
@@ -180,8 +195,8 @@ def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
     return None
 
 
-def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetection) -> TrainConfig:
-    """The configuration with the number of classes that the data has."""
+def resolve_classes(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetection) -> TrainConfig:
+    """Return the configuration with the number of classes that the data has."""
     if train_set.categories != val_set.categories:
         raise ConfigError(
             f"`data.train` and `data.val` must have the same categories, got {train_set.categories} and "
@@ -194,7 +209,7 @@ def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetect
 
 
 def _images(loader: Loader, count: int, accelerator: "Accelerator") -> Iterator[NestedTensor]:
-    """Batches of images until `count` of them came."""
+    """Yield batches of images until `count` of them came."""
     for images, _ in loader:
         yield images.to(accelerator.device)
         count -= len(images)

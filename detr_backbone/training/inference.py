@@ -91,7 +91,6 @@ def model_input(picture: Image.Image, config: TransformConfig) -> Tensor:
     size = (picture.height, picture.width)
     boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
     target = Target(boxes=boxes, labels=torch.zeros(0), image_id=0, orig_size=size, size=size)
-    image: Tensor
     image, _ = make_transforms(config, train=False)(tv_tensors.Image(picture), target)
     return image
 

@@ -32,7 +32,7 @@ def draw_detections(
     if not len(boxes):
         return enlarged
     colors = [COLORS[label % len(COLORS)] for label in labels]
-    drawn: Tensor = draw_bounding_boxes(
+    drawn = draw_bounding_boxes(
         pil_to_tensor(enlarged),
         torch.as_tensor(boxes) * factor,
         labels=[f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)],
@@ -44,5 +44,4 @@ def draw_detections(
         label_background_colors=colors,
         fill_labels=True,
     )
-    image: Image.Image = to_pil_image(drawn)
-    return image
+    return to_pil_image(drawn)
