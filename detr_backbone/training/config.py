@@ -1,14 +1,15 @@
 """Everything that decides a run, in one configuration: defaults, then YAML files, then `--key.sub value`."""
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
 from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
@@ -16,6 +17,11 @@ from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
 from detr_backbone.evaluation.backends import Backend
+from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misread_arguments, refuse_surprises
+
+YAML = "yaml_text"  # the name under which jsonargparse knows `load_yaml`
+MAX_INTEGER = 2**31 - 1
+MAX_SEED = 2**32 - 1  # of NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +145,8 @@ class TrainConfig:
         for key, least in (("eval_every", 1), ("calibration_images", 0), ("seed", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"`{key}` must be at least {least}, got {getattr(self, key)}")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"`seed` must be at most {MAX_SEED}, got {self.seed}")
 
 
 class _YamlFile(ActionConfigFile):
@@ -147,6 +155,7 @@ class _YamlFile(ActionConfigFile):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if Path(str(values)).is_file():
             try:
+                refuse_surprises(read_text(Path(str(values))), source=str(values))
                 refuse_duplicate_keys(Path(str(values)))
             except ConfigError as error:
                 parser.error(str(error))
@@ -156,7 +165,8 @@ class _YamlFile(ActionConfigFile):
 
 def config_parser(description: str) -> ArgumentParser:
     """A command line that takes `--config F` and every key of TrainConfig as `--key.sub value`; later ones win."""
-    parser = ArgumentParser(description=description, allow_abbrev=False)
+    set_loader(YAML, load_yaml, exceptions=(yaml.YAMLError, ConfigError))
+    parser = ArgumentParser(description=description, allow_abbrev=False, parser_mode=YAML)
     parser.add_argument("--config", action=_YamlFile, help="YAML file; several are read in order")
     parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=True)
     return parser
@@ -165,6 +175,11 @@ def config_parser(description: str) -> ArgumentParser:
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for; what is wrong with it ends the program with one message."""
     parser = config_parser("Train a detector on a dataset in COCO format, and evaluate it.")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        refuse_misread_arguments(arguments)
+    except ConfigError as error:
+        parser.error(str(error))
     return config_of(parser, parser.parse_args(arguments))
 
 
@@ -172,10 +187,39 @@ def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
     """The configuration in what a `config_parser` parsed."""
     keys = TrainConfig.__dataclass_fields__
     try:
+        refuse_empty_values(vars(parsed), TrainConfig)
         instantiated = parser.instantiate(parsed)
-        return TrainConfig(**{key: instantiated[key] for key in keys})
+        config = TrainConfig(**{key: instantiated[key] for key in keys})
+        refuse_huge_integers(config)
+        return config
     except ConfigError as error:
         parser.error(str(error))
+
+
+def refuse_empty_values(content: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
+    """Refuse null for an option that takes none; a YAML file reaches a dataclass with it, unchecked.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, hint in get_type_hints(kind).items():
+        value = content.get(key, ...)
+        if value is None and type(None) not in get_args(hint):
+            raise ConfigError(f"`{prefix}{key}` must have a value, got null")
+        if is_dataclass(hint) and value is not ...:
+            refuse_empty_values(value if isinstance(value, Mapping) else vars(value), hint, f"{prefix}{key}.")
+
+
+def refuse_huge_integers(config: TrainConfig) -> None:
+    """Refuse integers that no run can use, before they end in an error of memory or arithmetic.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, value in flat(config_to_dict(config)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > MAX_INTEGER and key != "seed":
+                raise ConfigError(f"`{key}` must be at most {MAX_INTEGER}, got {number:.3g}")
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
