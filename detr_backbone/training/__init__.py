@@ -3,25 +3,25 @@
 from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from detr_backbone.training.command import parse_options, plain_errors
 from detr_backbone.training.config import (
-    DataConfig,
-    OptimizerConfig,
-    SplitConfig,
     TrainConfig,
     config_from_dict,
     config_parser,
     config_to_dict,
     parse_config,
 )
-from detr_backbone.training.data import open_split
+from detr_backbone.training.data import DataConfig, SplitConfig, open_split
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.engine import train
 from detr_backbone.training.inference import detector_of, evaluate, model_input, picture_files, predict
+from detr_backbone.training.optimizer import OptimizerConfig
+from detr_backbone.training.signals import Stopped
 
 __all__ = [
     "Checkpoint",
     "DataConfig",
     "OptimizerConfig",
     "SplitConfig",
+    "Stopped",
     "TrainConfig",
     "build_accelerator",
     "config_from_dict",

@@ -16,8 +16,8 @@ from detr_backbone.errors import NumericsError
 from detr_backbone.evaluation.evaluator import CocoEvaluator, CocoResult
 from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 from detr_backbone.training.checkpoint import Checkpoint, load_model
-from detr_backbone.training.config import DataConfig, TrainConfig, config_from_dict
-from detr_backbone.training.data import Loader, eval_loader
+from detr_backbone.training.config import TrainConfig, config_from_dict
+from detr_backbone.training.data import DataConfig, Loader, eval_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -56,7 +56,8 @@ def refuse_surprises(text: str, *, source: str = "") -> None:
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            where = f"where: {file}line={event.start_mark.line + 1}"
+            mark = event.start_mark
+            where = f"where: {file}line={mark.line + 1 if mark else 1}"
             anchor = getattr(event, "anchor", None)
             if anchor is not None:
                 raise ConfigError(
