@@ -13,17 +13,12 @@ import yaml
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from detr_backbone import BackboneConfig
 from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.shapes import draw_shapes
-from detr_backbone.coco.transforms import TransformConfig
-from detr_backbone.detectors import DetectorConfig, build_detector, build_postprocess
+from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import AnnotationError, CheckpointError, ConfigError, NumericsError
 from detr_backbone.training import (
-    DataConfig,
     OptimizerConfig,
-    SplitConfig,
-    TrainConfig,
     build_accelerator,
     config_from_dict,
     detector_of,
@@ -38,6 +33,7 @@ from detr_backbone.training.checkpoint import load_model, refuse_another_run
 from detr_backbone.training.data import train_loader
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient
 from detr_backbone.training.run_folder import CHECKPOINT
+from tests.tiny_run import tiny
 
 
 @pytest.fixture(scope="session")
@@ -45,35 +41,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
     draw_shapes(folder, train=10, val=4, image_size=64)
     return folder
-
-
-def tiny(shapes: Path, output: Path, **changes: Any) -> TrainConfig:
-    """A configuration that trains in a second or two."""
-    config = TrainConfig(
-        output_dir=str(output),
-        detector=DetectorConfig(
-            name="deformable_detr",
-            backbone=BackboneConfig(name="resnet18", return_layers=("layer3", "layer4"), hidden_dim=32),
-            num_queries=5,
-            nheads=4,
-            enc_layers=1,
-            dec_layers=2,
-            dim_feedforward=32,
-            with_box_refine=True,
-        ),
-        data=DataConfig(
-            train=SplitConfig(
-                images=str(shapes / "train"), annotations=str(shapes / "annotations" / "instances_train.json")
-            ),
-            val=SplitConfig(images=str(shapes / "val"), annotations=str(shapes / "annotations" / "instances_val.json")),
-            transforms=TransformConfig(scales=(48, 64), max_size=64, crop=False, eval_size=64),
-            batch_size=4,
-            num_workers=0,
-        ),
-        optimizer=OptimizerConfig(epochs=2, lr_drop=1),
-        calibration_images=4,
-    )
-    return replace(config, **changes)
 
 
 @pytest.fixture(scope="session")
@@ -276,7 +243,7 @@ def test_every_trained_parameter_is_in_one_group_with_its_rate(shapes: Path) -> 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     assert len(rate) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
-    assert rate[id(trained["backbone.0.body.layer3.0.conv1.weight"])] == 0.5
+    assert rate[id(trained["backbone.0.body.layer2.0.conv1.weight"])] == 0.5
     assert rate[id(trained["transformer.encoder.layers.0.self_attn.sampling_offsets.weight"])] == 0.1
     assert rate[id(trained["input_proj.0.0.weight"])] == 1.0
 
