@@ -68,7 +68,7 @@ def kill_while_writing(rank: int, step: int) -> StepHook:
 def test_twelve_steps_are_five_a_kill_and_seven(straight: Path, shapes: Path, tmp_path: Path, kill: Any) -> None:
     config = twelve_steps(shapes, tmp_path / "run")
 
-    assert launch(kill, config, 5) == [-signal.SIGKILL]
+    assert launch(kill, config, 5)[0] == [-signal.SIGKILL]
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT).step == 5
     train(replace(config, resume=True))
     assert differences(straight, tmp_path / "run") == []
@@ -83,7 +83,7 @@ def test_a_kill_at_any_moment_changes_nothing(straight: Path, shapes: Path, tmp_
     config = twelve_steps(shapes, tmp_path / "run", resume="auto", **changes)
     config = replace(config, data=replace(config.data, num_workers=generator.choice([0, 2])))
 
-    assert launch(kill_soon, config, generator.randrange(12), generator.uniform(0, 0.3)) == [-signal.SIGKILL]
+    assert launch(kill_soon, config, generator.randrange(12), generator.uniform(0, 0.3))[0] == [-signal.SIGKILL]
     train(config)
     assert differences(straight, tmp_path / "run") == []
 
@@ -109,12 +109,12 @@ def test_two_processes_stop_together_and_go_on_as_two_or_as_one(shapes: Path, tm
     config = replace(config, data=replace(config.data, batch_size=1))
     whole = replace(config, output_dir=str(tmp_path / "whole"))
 
-    assert launch(None, whole, processes=2) == [0, 0]
-    assert launch(stop_one, config, 3, processes=2) == [75, 75]
+    assert launch(None, [whole] * 2)[0] == [0, 0]
+    assert launch(stop_one, [config] * 2, 3)[0] == [75, 75]
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT).step == 4
     with pytest.raises(CheckpointError, match=r"key=data.batch_size \| got 1 over all processes expected 2 "):
         train(config)
-    assert launch(None, config, processes=2) == [0, 0]
+    assert launch(None, [config] * 2)[0] == [0, 0]
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 

@@ -3,8 +3,11 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -86,32 +89,54 @@ def differences(first: Path, second: Path) -> list[str]:
     return names + [name for name, is_same in same.items() if not is_same]
 
 
-def launch(hook: Callable[..., StepHook] | None, config: TrainConfig, *hook_args: Any, processes: int = 1) -> list[int]:
-    """Train in processes of their own, and return their exit codes; negative ones are of signals.
+def launch(
+    hook: Callable[..., StepHook] | None, configs: TrainConfig | Sequence[TrainConfig], *hook_args: Any
+) -> tuple[list[int], str]:
+    """Train in processes of their own, and return their exit codes, negative ones of signals, and what they complained.
+
+    Where one of several processes failed, those that stand still, or are there after a minute, are killed.
 
     Args:
         hook: makes what is called before every step, from the number of the process and `hook_args`.
-        config: of the run.
+        configs: of the one process, or of each of several that train together.
         hook_args: for `hook`.
-        processes: how many.
     """
+    configs = [configs] if isinstance(configs, TrainConfig) else configs
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision", "accelerate", "detr_backbone.training", "matplotlib.figure"])
-    started = [
-        context.Process(target=_train, args=(rank, processes, port, hook, hook_args, config))
-        for rank in range(processes)
-    ]
+    with tempfile.NamedTemporaryFile(suffix=".log") as errors:
+        started = [
+            context.Process(target=_train, args=(rank, len(configs), port, errors.name, hook, hook_args, config))
+            for rank, config in enumerate(configs)
+        ]
+        _run(started)
+        return [process.exitcode or 0 for process in started], Path(errors.name).read_text(encoding="utf-8")
+
+
+def _run(started: Sequence[Any]) -> None:
     for process in started:
         process.start()
+    wait([process.sentinel for process in started])
+    deadline = time.monotonic() + 60
     for process in started:
-        process.join()
-    return [process.exitcode or 0 for process in started]
+        if _stands_still(process.pid):
+            process.kill()
+        process.join(max(0, deadline - time.monotonic()) if any(other.exitcode for other in started) else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
-def _train(rank: int, processes: int, port: int, hook: Any, hook_args: Any, config: TrainConfig) -> None:
+def _stands_still(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] == "T"
+
+
+def _train(rank: int, processes: int, port: int, errors: str, hook: Any, hook_args: Any, config: TrainConfig) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

@@ -8,7 +8,6 @@ from itertools import islice
 import torch
 from torch import nn
 
-from detr_backbone.training.optimizer import describe_groups
 from detr_backbone.training.progress import duration
 from detr_backbone.training.run import Run
 
@@ -29,13 +28,17 @@ def describe_run(run: Run) -> str:
     with torch.no_grad():
         learner.model.eval()
         levels = learner.model.backbone[0](images.to(device))
+        strides = [round(images.tensors.shape[-1] / level.tensors.shape[-1]) for level in levels.values()]
         run.postprocess(learner.model(images.to(device)), torch.tensor(images.sizes, device=device))
     lines = [
         f"images     {list(images.tensors.shape)}, {run.images_per_step} per step",
-        *(f"level      {name}: {list(level.tensors.shape)}" for name, level in levels.items()),
+        *(
+            f"level      {name}: {list(level.tensors.shape)}, a cell for every {stride} pixels"
+            for stride, (name, level) in zip(strides, levels.items(), strict=True)
+        ),
         *_describe_parts(learner.model),
-        describe_groups(learner.optimizer),
-        "losses     " + "  ".join(f"{name} {float(losses[0][name]):.3f}" for name in ("loss", "loss_ce", "loss_bbox")),
+        "losses     "
+        + "  ".join(f"{name} {float(losses[0][name].detach()):.3f}" for name in ("loss", "loss_ce", "loss_bbox")),
         f"steps      {run.steps_per_epoch} per epoch, {run.total_steps} in {config.optimizer.epochs} epochs",
         f"time       {seconds:.2f} s for the first step, which is slower than those after it: "
         f"{duration(seconds * run.total_steps)} at most for all of them, evaluation aside",

@@ -60,10 +60,12 @@ def train(config: TrainConfig) -> CocoResult | None:
                 run.log.say(describe_run(run))
                 return None
             return run_to_the_end(run)
-    except Stopped as stop:
+    except (Stopped, KeyboardInterrupt) as end:
+        # Ctrl-C itself comes before the first step, or a second time while the last step is saved.
+        stop = end if isinstance(end, Stopped) else Stopped("stopped by Ctrl-C at once | go on with --resume auto")
         if accelerator.is_main_process:
             print(stop.message, file=sys.stderr)
-        raise
+        raise stop from None
     finally:
         accelerator.end_training()
         accelerator.free_memory()

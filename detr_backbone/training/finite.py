@@ -115,7 +115,7 @@ def replay(path: Path | str) -> str:
         raise NumericsError(f"{error} | where: file={path} step={saved.step} module={module or '-'}") from error
     finally:
         accelerator.free_memory()
-    return "\n".join(f"{name:<20} {float(value):g}" for name, value in losses.items())
+    return "\n".join(f"{name:<20} {float(value.detach()):g}" for name, value in losses.items())
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 SILENCE = 15.0  # seconds without a sign of life after which a process counts as gone
 _BEAT, _PATIENCE = 1.0, timedelta(seconds=10)
 _FAILED = "failed"
-_LOST = ("Timed out", "timed out", "Connection closed by peer", "Connection reset", "Broken pipe", "Socket Timeout")
+_LOST = (
+    "Timed out",
+    "timed out",
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Socket Timeout",
+    "remote worker",
+)
 
 
 class Ranks:
