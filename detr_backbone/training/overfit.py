@@ -34,7 +34,7 @@ def overfit_config(config: TrainConfig) -> TrainConfig:
         config,
         output_dir=str(Path(config.output_dir) / f"overfit_{config.overfit}"),
         detector=replace(config.detector, dropout=0.0),
-        data=replace(config.data, train=split, val=split, transforms=transforms, batch_size=batch_size),
+        data=replace(config.data, train=split, val=split, transforms=transforms, batch_size=batch_size, num_workers=0),
         optimizer=replace(
             config.optimizer, epochs=epochs, schedule="step", lr_drop=epochs, warmup_steps=0, accumulate_steps=1
         ),

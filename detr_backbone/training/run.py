@@ -102,7 +102,10 @@ class Run:
             CheckpointError: it cannot be written.
         """
         self._saved = time.monotonic()
-        if not self.accelerator.is_main_process:
+        half_way = (
+            bool(self.config.overfit) and self.step < self.total_steps
+        )  # of no use, and an epoch is a step or two
+        if half_way or not self.accelerator.is_main_process:
             return
         checkpoint = Checkpoint(
             **self.learner.state(),
