@@ -18,13 +18,14 @@ from detr_backbone.backbone import BackboneBase, Joiner
 from detr_backbone.errors import ConfigError, unknown_name
 from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.inspection.table import Description, LayerDescription
+from detr_backbone.layer_getter.strategies import OpenedModule
 from detr_backbone.nested_tensor import NestedTensor, Size, as_nested_tensor
 
 _Images: TypeAlias = NestedTensor | Tensor
 _Call: TypeAlias = tuple[str, int]  # path, and how often the layer was called up to then
 
-_OPENED = (Joiner, nn.ModuleList, nn.ModuleDict)
-"""Containers without a row, as is a bare nn.Module: never called themselves, or giving what their children give."""
+_CONTAINERS = (Joiner, OpenedModule, nn.ModuleList, nn.ModuleDict)
+"""Without a row: never called themselves, or giving what their children give."""
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:
 
 def _to_depth(module: nn.Module, depth: int, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        opened = isinstance(child, _OPENED) or type(child) is nn.Module  # as a traced graph keeps around its layers
+        opened = isinstance(child, _CONTAINERS)
         if not opened:
             yield prefix + name
         below = depth if opened or isinstance(child, BackboneBase) else depth - 1

@@ -80,7 +80,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
         network = self._strategy.network
         if torch.compiler.is_compiling() or vars(network)["_modules"] is self._modules:
             return network
-        replica = type(network).__new__(type(network))  # of another getter, as nn.DataParallel makes them
+        replica = object.__new__(type(network))  # of another getter, as nn.DataParallel makes them
         vars(replica).update(vars(network))
         vars(replica).update({name: vars(self)[name] for name in _MEMBERS})
         vars(replica).update(vars(self).get("_former_parameters", {}))  # plain tensors there

@@ -87,8 +87,9 @@ def _channels_last_gradients(maps: Tensor) -> Tensor:
 
     Gradients are added up in the memory format of the first, and every sum of two formats takes ten times as long.
     """
-    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    if maps.requires_grad and channels_last and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not maps.requires_grad:
+        return maps
+    if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
         maps = maps.view_as(maps)  # a hook on the output itself would see the sum
         register: Any = maps.register_hook
         register(partial(Tensor.contiguous, memory_format=torch.channels_last))
