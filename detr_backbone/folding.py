@@ -42,7 +42,7 @@ class FoldedConv2d(nn.Conv2d):
         return self._conv_forward(input, weight.to(dtype), bias.to(dtype))
 
     def _has_more_weights_than_outputs(self, x: Tensor) -> bool:
-        """Whether it is less work to scale what comes out than what it is computed from, one output channel each."""
+        """Return whether an output channel has fewer cells than weights: then scaling the cells is less work."""
         cells = x.numel() // (self.in_channels * self.stride[0] * self.stride[1])
         return cells < self.weight[0].numel()
 

@@ -100,7 +100,7 @@ class NestedTensor:
 
     @property
     def is_padded(self) -> bool:
-        """Whether any image is smaller than the batch; always True while torch compiles.
+        """True if any image is smaller than the batch; always True while torch compiles.
 
         A compiled graph must serve every batch of its shape, so it does what padding asks for, padded or not.
         """
@@ -128,7 +128,7 @@ class NestedTensor:
         return self._strided[stride]
 
     def decompose(self) -> tuple[Tensor, Tensor]:
-        """The pair (tensors, mask)."""
+        """Return the pair (tensors, mask)."""
         return self.tensors, self.mask
 
     def to(self, target: torch.device | torch.dtype | str | int, non_blocking: bool = False) -> "NestedTensor":
@@ -142,7 +142,7 @@ class NestedTensor:
         self.mask.record_stream(stream)
 
     def pin_memory(self) -> "NestedTensor":
-        """The same batch in page-locked memory; called by a DataLoader with `pin_memory=True`."""
+        """Return the batch in page-locked memory; called by a DataLoader with `pin_memory=True`."""
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), sizes=self._sizes)
 
     def __len__(self) -> int:
@@ -224,7 +224,7 @@ def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
 
 
 def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
-    """Maps [B, C, H, W] with zeros, in place, beyond each one's own (h, w).
+    """Zero maps [B, C, H, W] in place beyond each one's own (h, w), and return them.
 
     Writing only the padded cells costs next to nothing.
     """
@@ -235,7 +235,7 @@ def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
 
 
 def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
-    """The batch with sides that `divisor` divides, padded at the bottom and on the right; itself where they are.
+    """Return the batch with sides that `divisor` divides, padded at the bottom and on the right; itself where they are.
 
     >>> batch = NestedTensor(torch.ones(1, 3, 33, 64), None)
     >>> pad_to_multiple(batch, 32)

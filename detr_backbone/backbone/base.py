@@ -31,7 +31,7 @@ from detr_backbone.padding.plan import Batching, choose_plan
 Model = TypeVar("Model", bound=nn.Module)
 
 TRAINED_STAGES = ("layer2", "layer3", "layer4")
-"""What DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
+"""The stages that DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
 
 
 class BackboneBase(nn.Module):

@@ -1,4 +1,4 @@
-"""What every layer of a network gives: shape, stride, statistics, time; a table to look at before trusting a backbone.
+"""Outputs of every layer of a network: shape, stride, statistics, time; a table to look at before trusting a backbone.
 
 The network runs as it is, with hooks that are gone afterwards: once to read the values, then to take the time.
 """
@@ -32,7 +32,7 @@ _CONTAINERS = (Joiner, OpenedModule, nn.ModuleList, nn.ModuleDict)
 def describe(
     model: nn.Module, images: Size | _Images | Sequence[Tensor], *, layers: Sequence[str] | int = 1, passes: int = 3
 ) -> Description:
-    """What the layers of a network give for some images, in evaluation mode and without gradients.
+    """Return what the layers of a network give for some images, in evaluation mode and without gradients.
 
     The model stays as it is: its hooks, modes, gradients and torch's random numbers are afterwards what they were, also
     where its forward raises. Values are read when a layer returns, before a later one may change them in place.
@@ -92,7 +92,7 @@ def describe(
 
 
 class _Recorder:
-    """What hooks see during one pass: what each call of a layer gave, and how long it took."""
+    """Outputs and seconds of each call of a layer during one pass."""
 
     def __init__(self, images: Tensor, *, reads_values: bool = True) -> None:
         self.outputs: dict[_Call, list[dict[str, Any]]] = {}
@@ -195,7 +195,7 @@ def _about(module: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a layer gave, and where they stand in it; masks are left out."""
+    """Yield the tensors in a layer's output with their path in it; masks are left out."""
     if isinstance(output, Tensor):
         yield name, output
     elif isinstance(output, NestedTensor):
@@ -227,7 +227,7 @@ def _geometry(tensor: Tensor, images: Tensor) -> dict[str, Any]:
 
 
 def _stride(pixels: Sequence[int], cells: Sequence[int]) -> int | None:
-    """The s for which every axis has ceil(pixels / s) cells; of several a power of two, or else the smallest.
+    """Return the s for which every axis has ceil(pixels / s) cells; of several a power of two, or else the smallest.
 
     None where there is no such s, or only one cell.
 

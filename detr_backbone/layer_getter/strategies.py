@@ -29,7 +29,7 @@ class Strategy(Protocol):
 
 
 def choose(model: nn.Module, return_layers: Mapping[str, str]) -> Strategy:
-    """The first of `Walk`, `Graph` and `Hooks` that computes what the model computes.
+    """Return the first of `Walk`, `Graph` and `Hooks` that computes what the model computes.
 
     Args:
         model: any module that takes one input.
@@ -89,7 +89,7 @@ class Graph:
 
 
 class OpenedModule(nn.Module):
-    """What is left of a module around a layer that is asked for: its parts run, and its own forward does not."""
+    """A module around a layer that is asked for: its parts run, and its own forward does not."""
 
     def __init__(self, parts: nn.Module) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Hooks:
 
 
 def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:
-    """The children that the graph calls, if these are the first ones in their order, each fed by the one before it.
+    """Return the children that the graph calls, if these are the first in their order, each fed by the one before it.
 
     Empty if the graph does anything else.
     """

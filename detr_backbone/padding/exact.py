@@ -134,7 +134,7 @@ def _is_window(module: nn.Module) -> bool:
 
 
 def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
-    """Whether the window finds zeros, or nothing at all, beyond the border, as it does in zeroed padding."""
+    """Return whether the window takes zeros, or nothing at all, from beyond the border, as from zeroed padding."""
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
     return isinstance(window, nn.MaxPool2d) or window.count_include_pad or window.padding in (0, (0, 0))

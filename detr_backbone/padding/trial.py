@@ -32,7 +32,7 @@ _LAYERS_OF_RESNET = (
 
 
 class Leak(NamedTuple):
-    """Why a backbone is not exact; and whether that is because its forward fails."""
+    """The reason why a backbone is not exact, and if that is a forward that fails."""
 
     reason: str
     fails: bool
