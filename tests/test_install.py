@@ -7,8 +7,6 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Callable
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -35,7 +33,7 @@ print(detr_backbone.__file__, [tuple(level.tensors.shape) for level in features]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources: into one built in the checkout, a `build` folder brings old files."""
+    """The wheel, built from a copy of the sources: a `build` folder in the checkout would add old files to it."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
