@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from tests.processes import ROOT, Command
 
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,7 +39,7 @@ def test_every_example_gives_what_it_shows(page: Path) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text_of(page))} - {""}
 
@@ -50,6 +51,12 @@ def test_every_page_and_every_recipe_is_listed() -> None:
 
     assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"configs/{path.name}" not in readme] == []
+
+
+def test_every_folder_of_the_package_has_a_place_in_the_table_of_contributing() -> None:
+    folders = {path.parent.name for path in (ROOT / "detr_backbone").glob("*/__init__.py")}
+
+    assert [folder for folder in folders if f"`{folder}/`" not in text_of(CONTRIBUTING)] == []
 
 
 def scripts() -> dict[str, set[str]]:
