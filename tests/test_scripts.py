@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
-from tests.conftest import ROOT, Command
+from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
 TINY = """
@@ -60,9 +60,9 @@ def test_two_processes_share_the_images_and_one_of_them_speaks(training: subproc
     assert training.stdout.count("images 5 of 5") == 1
 
 
-def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(process: Command, trained: Path, folder: Path) -> None:
+def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(script: Command, trained: Path, folder: Path) -> None:
     options = ("--checkpoint", str(trained), "--output", "evaluation", "--report", "r")
-    result = process(folder, str(SCRIPTS / "evaluate.py"), *options)
+    result = script(folder, "evaluate.py", *options)
 
     assert result.returncode == 0, result.stderr
     numbers = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(script: Comman
     assert sorted(map(str, again)) == sorted(map(str, found))
 
 
-def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
+def test_two_detectors_are_compared(script: Command, folder: Path) -> None:
     truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     keys = ("image_id", "category_id", "bbox")
     found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
@@ -110,7 +110,7 @@ def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
     (folder / "none.json").write_text("[]", encoding="utf-8")
     options = ("--a", "none.json", "--b", "all.json", "--resamples", "20", "--output", "comparison.json")
     annotations = ("--annotations", "shapes/annotations/instances_val.json")
-    result = process(folder, str(SCRIPTS / "compare.py"), *annotations, *options)
+    result = script(folder, "compare.py", *annotations, *options)
 
     assert result.returncode == 0, result.stderr
     assert "A none.json\nB all.json\n5 images, 20 resamples\n" in result.stdout
@@ -119,9 +119,9 @@ def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
     assert comparison["resamples"] == 20
 
 
-def test_predictions_are_written_as_json_and_pictures(process: Command, trained: Path, folder: Path) -> None:
+def test_predictions_are_written_as_json_and_pictures(script: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "2", "--threshold", "0.0", "--output", "found")
-    result = process(folder, str(SCRIPTS / "predict.py"), "--checkpoint", str(trained), *options)
+    result = script(folder, "predict.py", "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
     predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))
@@ -131,17 +131,17 @@ def test_predictions_are_written_as_json_and_pictures(process: Command, trained:
         assert picture.size == (448, 448)  # 64 pixels, enlarged to be legible
 
 
-def test_a_subset_is_written_and_evaluated(process: Command, trained: Path, folder: Path) -> None:
+def test_a_subset_is_written_and_evaluated(script: Command, trained: Path, folder: Path) -> None:
     source = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
     chosen = ("--count", "2", "--categories", "star", "1", "rectangle", "--output", "two")
-    written = process(folder, str(SCRIPTS / "make_subset.py"), *source, *chosen)
+    written = script(folder, "make_subset.py", *source, *chosen)
 
     assert written.returncode == 0, written.stderr
     manifest = json.loads((folder / "two" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["options"]["categories"] == ["star", 1, "rectangle"]
     assert len(list((folder / "two" / "val").iterdir())) == manifest["images"] == 2
     options = ("--subset.count", "2", "--subset.categories", "[star, 1, rectangle]", "--output", "evaluated")
-    result = process(folder, str(SCRIPTS / "evaluate.py"), "--checkpoint", str(trained), *options)
+    result = script(folder, "evaluate.py", "--checkpoint", str(trained), *options)
     assert result.returncode == 0, result.stderr
     ids = manifest["image_ids_sha256"]
     words = f"2 of 5 images (with star or 1 or rectangle, seed 0, ids sha256 {ids[:12]})"
@@ -151,9 +151,9 @@ def test_a_subset_is_written_and_evaluated(process: Command, trained: Path, fold
     assert (numbers["images"], numbers["subset"], numbers["image_ids_sha256"]) == (2, words, ids)
 
 
-def test_a_look_inside_is_a_table_and_drawings(process: Command, trained: Path, folder: Path) -> None:
+def test_a_look_inside_is_a_table_and_drawings(script: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "1", "--queries", "2", "--output", "look")
-    result = process(folder, str(SCRIPTS / "inspect_backbone.py"), "--checkpoint", str(trained), *options)
+    result = script(folder, "inspect_backbone.py", "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
     assert "trained deformable_detr on 000001" in result.stdout
