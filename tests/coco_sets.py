@@ -1,4 +1,4 @@
-"""Random COCO datasets and detections with everything in them that an evaluation may get wrong."""
+"""COCO datasets and detections, random ones and one of two images, and what pycocotools computes for them."""
 
 import contextlib
 import io
@@ -10,7 +10,21 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.matching import Matches, match
+
 HEIGHT, WIDTH = 96, 128
+
+TOY = {
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in (1, 2)],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+    "annotations": [
+        {"id": 11, "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 12, "image_id": 1, "category_id": 1, "bbox": [100, 100, 60, 60], "area": 3600, "iscrowd": 1},
+        {"id": 13, "image_id": 2, "category_id": 5, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0},
+    ],
+}
 
 
 def random_set(
@@ -88,3 +102,19 @@ def plain_pycocotools(
     precision = np.moveaxis(evaluation.eval["precision"][:, :, :, 0, -1], 2, 0).reshape(len(content["categories"]), -1)
     per_class = [values[values > -1].mean() if (values > -1).any() else -1.0 for values in precision]
     return evaluation.stats, np.array(per_class)
+
+
+def packed(truth: CocoAnnotations, results: list[dict[str, Any]]) -> Detections:
+    """The content of a results file as the arrays that evaluation works on."""
+    return Detections(
+        image_index=np.searchsorted(truth.image_ids, [one["image_id"] for one in results]).astype(np.int64),
+        labels=np.searchsorted(truth.category_ids, [one["category_id"] for one in results]).astype(np.int64),
+        scores=np.array([one["score"] for one in results]),
+        boxes=np.array([one["bbox"] for one in results], dtype=np.float64).reshape(-1, 4),
+    )
+
+
+def matched(content: dict[str, Any], results: list[dict[str, Any]], **options: Any) -> Matches:
+    """The content of a results file matched with the objects of an annotation file's content."""
+    truth = parse_annotations(content, source="<test>")
+    return match(truth, packed(truth, results), **options)

@@ -4,14 +4,12 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-Command = Callable[..., subprocess.CompletedProcess[str]]
+from tests.processes import ROOT, Command
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from detr_backbone.coco.annotations import parse_annotations
 from detr_backbone.errors import EvaluationError
 from detr_backbone.evaluation.box_format import refuse_other_formats
 from detr_backbone.evaluation.detections import load_detections
-from tests.test_matching import TOY, packed
+from tests.coco_sets import TOY, packed
 
 GOOD = {"image_id": 2, "category_id": 5, "bbox": [1, 2.5, 3, 4], "score": 0.5}
 TRUTH = parse_annotations(TOY, source="<test>")

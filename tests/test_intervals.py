@@ -14,8 +14,7 @@ from detr_backbone.evaluation.half_sampling import draw_weights, spreads_of
 from detr_backbone.evaluation.intervals import compare, resample_intervals
 from detr_backbone.evaluation.matching import Matches, match
 from detr_backbone.evaluation.simulation import simulate
-from tests.coco_sets import plain_pycocotools, random_set
-from tests.test_matching import matched
+from tests.coco_sets import matched, plain_pycocotools, random_set
 
 HALF = 51 / 101
 """AP when one of two objects is found first: precision 1 at the recalls 0, 0.01 .. 0.5 of 101."""

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
-from tests.conftest import ROOT, Command
+from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
 TINY = """
