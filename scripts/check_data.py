@@ -1,4 +1,4 @@
-"""Every fault of a dataset at once: python scripts/check_data.py --images data/val --annotations data/val.json."""
+"""Check a dataset: python scripts/check_data.py --images data/val --annotations data/val.json."""
 
 import json
 import os
@@ -27,14 +27,14 @@ def main(
     """Check a dataset in COCO format before training; the exit code is 2 where training would refuse it.
 
     Args:
-        images: the folder of the pictures.
-        annotations: the COCO file of the pictures.
+        images: the folder of the image files.
+        annotations: the COCO file of the images.
         config: instead of these two, a configuration whose splits, policies and number of queries are taken.
         output: a file for the report as JSON.
-        policies: what is done about faults that need not be refused; goes before the policies of a configuration.
+        policies: how faults are handled that need not be refused; overrides those of a configuration.
         segmentations: the masks will be used, so that their faults are errors.
-        decode: open every picture.
-        workers: processes that open pictures; as many as there are processors if left out.
+        decode: read every image file.
+        workers: processes that read image files; one per processor if left out.
     """
     if (images is None) != (annotations is None) or (images is None) == (config is None):
         raise ConfigError("give --images and --annotations, or --config")
@@ -67,9 +67,9 @@ def main(
 
 
 def show_progress(done: int, total: int) -> None:
-    """Say on a terminal how many pictures were opened."""
+    """Show on a terminal how many image files were read."""
     if sys.stderr.isatty():
-        print(f"\r{done} of {total} pictures opened", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(f"\r{done} of {total} images read", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which of two detectors is better: python scripts/compare.py --annotations val.json --a 1.json --b 2.json."""
+"""Compare two detectors: python scripts/compare.py --annotations val.json --a 1.json --b 2.json."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ def main(
     """Compare two detectors on the same images, with an interval for every difference.
 
     Args:
-        annotations: the COCO file of the images; an image without detections counts as one in which nothing was found.
+        annotations: the COCO file of the images; an image that a file does not name has no detections.
         a: the detections.json of scripts/evaluate.py, or any COCO results file, of the first detector.
         b: the same of the second one.
-        resamples: halves of the images that are drawn.
-        level: the share of samples in which an interval covers.
+        resamples: halves of the images to draw.
+        level: the fraction of samples in which an interval covers.
         output: a JSON file for the numbers.
     """
     truth = load_annotations(annotations)

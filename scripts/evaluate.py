@@ -11,8 +11,7 @@ from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
-from detr_backbone.evaluation.backends import Backend
-from detr_backbone.evaluation.evaluator import CocoEvaluator, CocoResult
+from detr_backbone.evaluation.evaluator import Backend, CocoEvaluator, CocoResult
 from detr_backbone.evaluation.intervals import resample_intervals
 from detr_backbone.report import origin, write_report
 from detr_backbone.training import (
@@ -51,13 +50,14 @@ def main(
         checkpoint: the trained detector; its own configuration says what it is.
         config: without a checkpoint, the configuration of a detector that is evaluated untrained.
         detections: without a detector, a COCO results file of any detector; --annotations says on what.
-        images: the folder of the pictures; the validation split of the configuration if left out.
-        annotations: the COCO file of the pictures.
-        subset: which of the images; if left out, what the configuration says, or all of --images.
+        images: the folder of the image files; the validation split of the configuration if left out.
+        annotations: the COCO file of the images.
+        subset: a selection of the images; if left out, that of the configuration, or all of --images.
         output: a folder for the numbers (results.json) and all detections (detections.json).
-        report: a folder for a page with numbers, curves, mistakes and pictures (report.html), and the same as data.
-        backend: the library that computes the numbers; that of the configuration if left out. All give the same.
-        intervals: halves of the images that are drawn for the 95 % intervals; 0 leaves them out.
+        report: a folder for a page with numbers, curves, mistakes and images (report.html), and the same as data.
+        backend: what computes the numbers, pycocotools or the package's own matching, which gives the same faster; if
+            left out, that of the configuration.
+        intervals: halves of the images to draw for the 95 % intervals; 0 leaves them out.
     """
     if sum(given is not None for given in (checkpoint, config, detections)) != 1:
         raise ConfigError("give one of --checkpoint, --config and --detections")
@@ -101,8 +101,6 @@ def main(
         what = checkpoint or detections or f"{config}, untrained"
         page = write_report(
             report,
-            evaluator.annotations,
-            evaluator.collected,
             matches,
             title=f"{what} on {evaluator.annotations.source}",
             origin={"Detections of": what, **origin(evaluator.annotations, evaluator.image_ids, device=device)},
@@ -116,7 +114,7 @@ def main(
 def _detect(
     checkpoint: str | None, config: str, split: SplitConfig | None, subset: SubsetConfig, backend: Backend | None
 ) -> tuple[CocoResult, CocoEvaluator, TrainConfig, torch.device, bool]:
-    """The evaluation of a detector, its settings and device, and whether this is the process that reports it."""
+    """Return the evaluation of a detector, its configuration and device, and whether this process reports it."""
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint)
         model, settings = detector_of(loaded)

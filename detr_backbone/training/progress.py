@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_backbone.evaluation.average_precision import STATS
+from detr_backbone.evaluation.settings import COCO_SETTINGS
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.data import Batch, Loader
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
-COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS, "padding")
+COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *COCO_SETTINGS.stat_names, "padding")
 
 
 class Means:
