@@ -57,7 +57,7 @@ def main(
         for name, split in splits.items()
     ]
     if len(checked) == 2:
-        checked[1] = compare_splits(*checked)
+        checked = list(compare_splits(*checked))
     report = DataReport(splits=checked, policies=policies, segmentations=segmentations)
     print(report.table())
     if output is not None:

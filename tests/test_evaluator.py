@@ -595,3 +595,19 @@ def test_other_settings_give_the_numbers_of_pycocotools_by_their_names(seed: int
 def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` must "):
         EvaluationSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("area contradicts", {"area": 1e11}), ("to be ignored", {"ignore": 1}), ("annotated twice", {"image_id": 2})],
+)
+def test_the_table_says_what_makes_its_numbers_misleading(kind: str, change: dict[str, Any]) -> None:
+    annotations = toy()["annotations"]
+    annotations[0] |= change
+    evaluator = CocoEvaluator(toy(annotations=annotations))
+    evaluator.update({1: found(RIGHT), 2: found(RIGHT)})
+
+    (line,) = (line for line in str(evaluator.compute()).splitlines() if line.startswith("warning: "))
+
+    assert kind in line
+    assert ": 1 | fix: " in line

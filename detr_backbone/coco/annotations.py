@@ -32,7 +32,8 @@ MAX_BYTES = 8 * 2**30
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 _NUMBERS = r"\[[-+0-9.eE,\s]*\]"
 _POLYGONS = re.compile(rf'("segmentation":\s*\[)\s*{_NUMBERS}(?:\s*,\s*{_NUMBERS})*\s*(?=\])')
-_TARGETS_ONLY = ("box_outside", "box_without_area")  # what is dropped for training, but not from the evaluation
+_TARGETS_ONLY = ("box_outside", "box_without_area")  # dropped for training, but not from the evaluation
+_MISLEADING = ("area_mismatch", "ignore_flag", "duplicate_box", "federated")  # AP is lower or higher than it should be
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +56,7 @@ class CocoAnnotations:
         segmentations: the masks of the annotations, where they were asked for.
         findings: the number of faults of each kind that the policies let through, by dropping annotations, clipping
             boxes, or with a warning.
+        warnings: the findings with which an AP is misleading, each in a line.
         part: a description of the subset of the file; empty for all of it.
     """
 
@@ -72,6 +74,7 @@ class CocoAnnotations:
     is_crowd: BoolArray
     segmentations: Segmentations | None = None
     findings: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     part: str = ""
 
 
@@ -151,10 +154,12 @@ def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
     """
     refuse(content.findings, policies)
     images, table = content.images, content.annotations
-    keep = np.ones(len(table.ids), np.bool_)
+    keep, is_crowd = np.ones(len(table.ids), np.bool_), table.is_crowd.copy()
     for one in content.findings:
         if policies.action(one.kind) == "drop" and one.kind not in _TARGETS_ONLY:
             keep[one.rows] = False
+        elif policies.action(one.kind) == "crowd":
+            is_crowd[one.rows] = True
     order = np.argsort(images.ids)
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
@@ -175,13 +180,18 @@ def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
         labels=table.categories[rows],
         boxes=table.boxes[rows],
         areas=table.areas[rows],
-        is_crowd=table.is_crowd[rows],
+        is_crowd=is_crowd[rows],
         segmentations=table.segmentations and table.segmentations.take(rows),
         findings={
             one.kind: one.count
             for one in content.findings
             if KINDS[one.kind].severity != "note" or policies.action(one.kind)
         },
+        warnings=tuple(
+            f"{KINDS[one.kind].what}: {one.count} | fix: {KINDS[one.kind].fix}"
+            for one in content.findings
+            if one.kind in _MISLEADING and policies.action(one.kind) not in ("drop", "crowd")
+        ),
     )
 
 

@@ -7,6 +7,7 @@ allowed but rarely intended is listed.
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from detr_backbone.coco.annotations import read_content
 from detr_backbone.coco.check_report import CheckedSplit
 from detr_backbone.coco.findings import EXAMPLES, Finding, Findings, findings_of
-from detr_backbone.coco.image_files import examine_files
+from detr_backbone.coco.image_files import examine_files, unlisted_files
 from detr_backbone.coco.images import examine_image
 from detr_backbone.coco.rules import Content, examine_content, more_boxes_than_queries
 from detr_backbone.coco.segmentations import Packer
@@ -59,16 +60,23 @@ def check_split(
             categories={},
             findings=findings,
             image_paths={},
+            folder=str(images),
         )
     findings = list(content.findings)
     image_paths: dict[bytes, str] = {}
-    if not any(one.kind == "structure" for one in findings):
+    unlisted: list[str] = []
+    kinds = {one.kind for one in findings}
+    if "structure" not in kinds:
         findings += _examine_use(content, num_queries)
         table = content.images
         named = np.flatnonzero([name != "" for name in table.names]).tolist()
         names = [table.names[row] for row in named]
-        files = examine_files(images, table.ids[named], names, source=source)
-        findings += files
+        if names or kinds.isdisjoint({"id_malformed", "file_name_malformed"}):  # which are why there are no names
+            files = examine_files(images, table.ids[named], names, source=source)
+            findings += files
+        else:
+            files = []
+        unlisted = unlisted_files(images, names)
         if decode:
             absent = {row for one in files if one.kind in ("path_outside", "file_missing") for row in one.rows.tolist()}
             files_to_open = [
@@ -84,13 +92,31 @@ def check_split(
         num_images=len(content.images.ids),
         num_annotations=len(content.annotations.ids),
         categories=content.categories,
-        findings=_merge(findings),
+        findings=[*_merge(findings), *_unlisted(source, images, unlisted)],
         image_paths=image_paths,
+        folder=str(Path(images).resolve()),
+        unlisted=unlisted,
     )
 
 
-def compare_splits(train: CheckedSplit, val: CheckedSplit) -> CheckedSplit:
-    """Return the validation split, with the findings about the two splits together."""
+def compare_splits(train: CheckedSplit, val: CheckedSplit) -> tuple[CheckedSplit, CheckedSplit]:
+    """Return both splits, the second one with the findings about the two together.
+
+    In a folder of both, the files that one split does not list and the other does are no finding.
+    """
+    if train.folder == val.folder:
+        both_lack = sorted(set(train.unlisted) & set(val.unlisted))
+        train, val = (
+            replace(
+                split,
+                unlisted=both_lack,
+                findings=[
+                    *(one for one in split.findings if one.kind != "image_not_listed"),
+                    *_unlisted(split.annotations, split.folder, both_lack),
+                ],
+            )
+            for split in (train, val)
+        )
     both = sorted(train.image_paths.keys() & val.image_paths.keys(), key=val.image_paths.__getitem__)
     shared = findings_of(
         "shared_picture",
@@ -102,7 +128,16 @@ def compare_splits(train: CheckedSplit, val: CheckedSplit) -> CheckedSplit:
         np.array([dict(train.categories) != dict(val.categories)]),
         lambda _: (f"file={val.annotations} key=categories", str(dict(val.categories)), str(dict(train.categories))),
     )
-    return CheckedSplit(**{**vars(val), "findings": [*val.findings, *other, *shared]})
+    return train, replace(val, findings=[*val.findings, *other, *shared])
+
+
+def _unlisted(source: str, folder: Path | str, files: Sequence[str]) -> list[Findings]:
+    examples = tuple(Finding("image_not_listed", f"file={source} folder={folder}", name) for name in files[:EXAMPLES])
+    return [Findings(kind="image_not_listed", count=len(files), examples=examples)] if files else []
+
+
+_REFERENCE_FAULTS = {"id_malformed", "reference_malformed", "unknown_image", "unknown_category"}
+"""Kinds that leave open which image and category an annotation belongs to."""
 
 
 class _ImageFiles(Dataset[tuple[list[Finding], bytes]]):
@@ -154,22 +189,37 @@ def _examine_use(content: Content, num_queries: int | None) -> list[Findings]:
     boxes = np.bincount(table.images[trained], minlength=len(images.ids))
     crowds = np.bincount(table.images[table.is_crowd & (table.images >= 0)], minlength=len(images.ids))
     per_category = np.bincount(table.categories[trained], minlength=len(ids))
+    # An annotation with a fault of its own is not missed in its image and its category as well.
+    faulty = ~trained & ~table.is_crowd & (table.images >= 0)
+    per_image = boxes + np.bincount(table.images[faulty], minlength=len(images.ids))
+    per_category += np.bincount(table.categories[faulty & (table.categories >= 0)], minlength=len(ids))
+    is_known = not {one.kind for one in content.findings} & _REFERENCE_FAULTS
     listed = [names[i] for i in ids]
     gaps = np.array([bool(ids) and ids[-1] - ids[0] + 1 != len(ids)])
     findings = [
         *findings_of(
             "category_gaps", gaps, lambda _: (f"{file} key=categories", f"{len(ids)} ids from {ids[0]} to {ids[-1]}")
         ),
-        *findings_of("category_unused", per_category == 0, lambda i: (f"{file} category_id={ids[i]}", repr(listed[i]))),
+        *findings_of(
+            "category_unused",
+            is_known & (per_category == 0),
+            lambda i: (f"{file} category_id={ids[i]}", repr(listed[i])),
+        ),
         *findings_of(
             "duplicate_category_name",
             np.array([listed.index(name) < index for index, name in enumerate(listed)], dtype=np.bool_),
             lambda i: (f"{file} category_id={ids[i]}", repr(listed[i])),
         ),
         *findings_of(
-            "image_without_boxes", (boxes == 0) & (crowds == 0), lambda i: (f"{file} image_id={images.ids[i]}",)
+            "image_without_boxes",
+            is_known & (per_image == 0) & (crowds == 0),
+            lambda i: (f"{file} image_id={images.ids[i]}",),
         ),
-        *findings_of("image_crowd_only", (boxes == 0) & (crowds > 0), lambda i: (f"{file} image_id={images.ids[i]}",)),
+        *findings_of(
+            "image_crowd_only",
+            is_known & (per_image == 0) & (crowds > 0),
+            lambda i: (f"{file} image_id={images.ids[i]}",),
+        ),
     ]
     if num_queries is not None:
         findings += more_boxes_than_queries(boxes, images.ids.tolist(), num_queries, file)

@@ -7,7 +7,7 @@ from typing import Any
 from detr_backbone.coco.findings import KINDS, DataPolicies, Findings, Severity, fix_of
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-_DONE = {"drop": "; dropped", "clamp": "; clipped"}
+_DONE = {"drop": "; dropped", "clamp": "; clipped", "crowd": "; taken as crowds"}
 _SHOWN = 3  # examples in the table; the JSON report has all of them
 
 
@@ -23,6 +23,8 @@ class CheckedSplit:
         categories: category id -> name.
         findings: one entry for each kind of fault.
         image_paths: digest of the bytes of each image file that was read -> its path.
+        folder: of the image files.
+        unlisted: image files in it that the annotation file does not name.
     """
 
     name: str
@@ -32,6 +34,8 @@ class CheckedSplit:
     categories: Mapping[int, str]
     findings: Sequence[Findings]
     image_paths: Mapping[bytes, str]
+    folder: str
+    unlisted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,11 @@ KINDS: Mapping[str, Kind] = {
     "no_images": Kind(what="dataset has no images", fix="check whether it is the right file", error=DataError),
     "id_malformed": Kind(what="entry has no integer id", fix="number the entries"),
     "duplicate_image": Kind(what="image id is used twice", fix="give every image an id of its own"),
+    "federated": Kind(
+        what="image was annotated for some categories only",
+        fix="evaluate with the dataset's own tools: COCO's AP takes objects without annotation as false positives",
+        severity="warning",
+    ),
     "file_name_malformed": Kind(what="image has no file name"),
     "image_size_malformed": Kind(what="image has no size"),
     "duplicate_category": Kind(what="category id is used twice"),
@@ -53,7 +58,22 @@ KINDS: Mapping[str, Kind] = {
     "box_malformed": Kind(what="box is malformed"),
     "box_negative": Kind(what="box has a negative side", fix="write x, y, w, h instead of two corners"),
     "area_malformed": Kind(what="area is not a size"),
+    "area_mismatch": Kind(
+        what="area contradicts the box",
+        fix="remove `area`, so that the box's is used; AP by size depends on it",
+        severity="warning",
+    ),
     "crowd_malformed": Kind(what="iscrowd is not a flag"),
+    "ignore_flag": Kind(
+        what="annotation is marked to be ignored, and is not",
+        fix="set the policy ignore_flag to crowd, to drop, or leave it at keep, as pycocotools does",
+        severity="warning",
+    ),
+    "duplicate_box": Kind(
+        what="box is annotated twice",
+        fix="remove one, or set the policy duplicate_box to drop",
+        severity="warning",
+    ),
     "box_outside": Kind(what="box lies outside its image"),
     "box_partly_outside": Kind(what="box reaches outside its image", severity="note"),
     "boxes_moved": Kind(
@@ -104,11 +124,17 @@ KINDS: Mapping[str, Kind] = {
     "shared_picture": Kind(
         what="train and val share an image", fix="keep it in one of them; otherwise AP is too high", severity="warning"
     ),
+    "image_not_listed": Kind(
+        what="image files are not in the annotation file", fix="list them, if they belong to it", severity="warning"
+    ),
     # what training and evaluation make of it
     "category_mismatch": Kind(what="train and val have other categories", error=ConfigError),
     "category_gaps": Kind(what="category ids have gaps, labels have none", severity="note"),
     "category_unused": Kind(what="category has no boxes to train on", severity="warning"),
     "duplicate_category_name": Kind(what="categories share a name", fix="merge or rename them", severity="warning"),
+    "category_named_by_number": Kind(
+        what="category is named by a number", fix="choose it as name:N, and others as id:N", severity="note"
+    ),
     "image_without_boxes": Kind(what="image has no boxes", severity="note"),
     "image_crowd_only": Kind(what="image has only crowds, which are not trained on", severity="note"),
     "more_boxes_than_queries": Kind(
@@ -122,9 +148,9 @@ KINDS: Mapping[str, Kind] = {
 class DataPolicies:
     """Policies for the faults: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box.
 
-    "warn" lists it only. Dropped and clipped annotations are counted in the log of the training. A box that is outside,
-    partly outside or without area is dropped or clipped for training only: the evaluation takes every box as it is in
-    the file.
+    "warn" and "keep" only list it. Dropped and clipped annotations are counted in the log of the training. A box that
+    is outside, partly outside or without area is dropped or clipped for training only: the evaluation takes every box
+    as it is in the file.
 
     Args:
         unknown_image: an annotation of an image that the file does not list.
@@ -134,6 +160,9 @@ class DataPolicies:
         box_negative: a box with a negative width or height.
         area_malformed: an area that is not a number >= 0.
         crowd_malformed: an `iscrowd` that is not 0 or 1.
+        ignore_flag: an annotation with `ignore`, as CrowdHuman and VisDrone have; "crowd" takes it as a crowd, which is
+            neither trained on nor counted, "keep" as any other object, as pycocotools does.
+        duplicate_box: a box of the same category in the same image as an earlier one.
         box_outside: a box that does not overlap its image.
         box_partly_outside: a box that reaches outside its image by more than a hundredth of a pixel.
         box_without_area: a box of width or height 0.
@@ -153,6 +182,8 @@ class DataPolicies:
     box_negative: Literal["error", "drop"] = "error"
     area_malformed: Literal["error", "drop"] = "error"
     crowd_malformed: Literal["error", "drop"] = "error"
+    ignore_flag: Literal["keep", "crowd", "drop"] = "keep"
+    duplicate_box: Literal["warn", "drop", "error"] = "warn"
     box_outside: Literal["error", "drop"] = "error"
     box_partly_outside: Literal["error", "clamp"] = "clamp"
     box_without_area: Literal["error", "drop"] = "drop"
@@ -164,7 +195,7 @@ class DataPolicies:
     more_boxes_than_queries: Literal["warn", "error"] = "warn"
 
     def action(self, kind: str) -> str:
-        """Return how a kind of fault is handled: "error", "drop", "clamp", "warn", or "" if it is only listed."""
+        """Return how a kind of fault is handled: one of its policy's values, or "" if it is only listed."""
         return str(getattr(self, kind, "error" if KINDS[kind].severity == "error" else ""))
 
 

@@ -1,13 +1,18 @@
 """The image files that an annotation file names: whether they exist, below their folder, each of them once."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from detr_backbone.coco.findings import Finding, Findings, findings_of
 from detr_backbone.coco.typed_arrays import IntArray
+
+ENDINGS = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jp2", ".ppm", ".tif", ".tiff", ".webp", ".avif", ".heic")
+)
+"""Endings of files that are images."""
 
 
 def examine_files(folder: Path | str, image_ids: IntArray, names: Sequence[str], *, source: str) -> list[Findings]:
@@ -64,6 +69,14 @@ def examine_files(folder: Path | str, image_ids: IntArray, names: Sequence[str],
             lambda i: (where(i), repr(names[i])),
         ),
     ]
+
+
+def unlisted_files(folder: Path | str, names: Iterable[str]) -> list[str]:
+    """Return the image files below a folder, by their endings, that are not among `names`, as paths relative to it."""
+    listed = {os.path.normpath(name) for name in names}
+    root = Path(os.path.realpath(folder))
+    paths = (path for path in root.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+    return sorted({str(path.relative_to(root)) for path in paths} - listed)
 
 
 def _files(root: str, parent: str, *, starts_at_root: bool) -> frozenset[str]:

@@ -10,12 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from detr_backbone.coco.annotation_rules import AnnotationTable, Record, Where, entries_with_ids, examine_annotations
+from detr_backbone.coco.annotation_rules import (
+    AnnotationTable,
+    Entries,
+    Record,
+    Where,
+    entries_with_ids,
+    examine_annotations,
+)
 from detr_backbone.coco.findings import Finding, Findings, findings_of
 from detr_backbone.coco.segmentations import Packer
 from detr_backbone.coco.typed_arrays import IntArray, integers, is_file_name, repeated
 
 _LISTS = ("images", "annotations", "categories")
+_FEDERATED = frozenset({"neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids"})
+"""Keys by which images of LVIS and Open Images state the categories that were annotated."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,13 +55,15 @@ def examine_content(content: Any, *, source: str, packer: Packer | None = None) 
         entries if isinstance(entries := lists.get(key), list) else []
         for key in ("images", "categories", "annotations")
     )
-    image_findings, image_table = examine_images(images, source)
-    category_findings, names = examine_categories(categories, source)
+    image_entries = entries_with_ids(images, "images", source)
+    category_entries = entries_with_ids(categories, "categories", source)
+    image_findings, image_table = examine_images(image_entries, source)
+    category_findings, names = examine_categories(category_entries, source)
     annotation_findings, table = examine_annotations(
         annotations,
-        image_ids=image_table.ids,
+        images=image_entries,
         image_sizes=image_table.sizes,
-        category_ids=sorted(names),
+        categories=category_entries,
         source=source,
         packer=packer,
     )
@@ -65,9 +76,10 @@ def examine_content(content: Any, *, source: str, packer: Packer | None = None) 
     )
 
 
-def examine_images(entries: Sequence[Any], source: str) -> tuple[list[Findings], ImageTable]:
+def examine_images(entries: Entries, source: str) -> tuple[list[Findings], ImageTable]:
     """Return faults and table of the images."""
-    findings, records, ids = entries_with_ids(entries, "images", source)
+    findings, records, ids, _ = entries
+    findings = [*findings]
     names = [record.get("file_name") for record in records]
     named = np.array([is_file_name(name) for name in names], dtype=np.bool_)
     again, first = repeated(ids)
@@ -83,14 +95,19 @@ def examine_images(entries: Sequence[Any], source: str) -> tuple[list[Findings],
         sides.append(side)
     sizes = np.stack(sides, axis=1)
     sizes[(sizes == 0).any(axis=1)] = 0
+    federated = np.array([not _FEDERATED.isdisjoint(record) for record in records], dtype=np.bool_)
+    findings += findings_of(
+        "federated", federated, lambda i: (where(i), f"the keys {sorted(_FEDERATED.intersection(records[i]))}")
+    )
     findings += findings_of("duplicate_image", again, lambda i: (where(i), f"{names[first[i]]!r} and {names[i]!r}"))
     usable = [str(name) if ok else "" for name, ok in zip(names, named.tolist(), strict=True)]
     return findings, ImageTable(ids=ids, names=usable, sizes=sizes)
 
 
-def examine_categories(entries: Sequence[Any], source: str) -> tuple[list[Findings], dict[int, str]]:
+def examine_categories(entries: Entries, source: str) -> tuple[list[Findings], dict[int, str]]:
     """Return faults of the categories, and the name of each category id."""
-    findings, records, ids = entries_with_ids(entries, "categories", source)
+    findings, records, ids, _ = entries
+    findings = [*findings]
     names = [record.get("name") for record in records]
     nameless = np.array([not isinstance(name, str) or not name for name in names], dtype=np.bool_)
     again, first = repeated(ids)
@@ -99,6 +116,8 @@ def examine_categories(entries: Sequence[Any], source: str) -> tuple[list[Findin
         return f"file={source} category_id={ids[row]}"
 
     findings += findings_of("category_name_malformed", nameless, lambda i: (f"{where(i)} key=name", repr(names[i])))
+    by_number = np.array([isinstance(name, str) and name.isdecimal() for name in names], dtype=np.bool_)
+    findings += findings_of("category_named_by_number", by_number, lambda i: (where(i), repr(names[i])))
     findings += findings_of("duplicate_category", again, lambda i: (where(i), f"{names[first[i]]!r} and {names[i]!r}"))
     return findings, {number: str(names[row]) for number, row in sorted(zip(ids.tolist(), first.tolist(), strict=True))}
 

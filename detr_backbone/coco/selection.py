@@ -35,7 +35,8 @@ class SubsetConfig:
     Args:
         image_ids: only these images.
         image_list: only the images in this text file, one file name or image id per line.
-        categories: only images with an object of one of these categories, given by name or id.
+        categories: only images with an object of one of these categories, given by name or id; as id:3 or name:3 if a
+            category is named by a number.
         min_area: only images with an object of at least this area in square pixels, of `categories` where they are set.
         max_area: only images with an object of a smaller area than this; the same object as for `min_area`.
         count: the number of images to draw from the remaining ones.
@@ -198,12 +199,24 @@ def _listed(annotations: CocoAnnotations, path: str) -> list[int]:
 
 
 def _labels(annotations: CocoAnnotations, categories: Sequence[int | str]) -> list[int]:
-    labels: dict[int | str, int] = {}
-    for label, names in enumerate(zip(annotations.category_ids, annotations.category_names, strict=True)):
-        labels |= dict.fromkeys(names, label)
-    unknown = [entry for entry in categories if entry not in labels]
-    _refuse_unknown("categories", unknown, list(labels), annotations, "categories")
-    return [labels[entry] for entry in categories]
+    """Return the labels of categories given by id or name, or as id:3 or name:3 where one is named by a number."""
+    by_id = {str(category_id): label for label, category_id in enumerate(annotations.category_ids)}
+    by_name = {name: label for label, name in enumerate(annotations.category_names)}
+    prefixed = {f"id:{key}": label for key, label in by_id.items()} | {
+        f"name:{name}": label for name, label in by_name.items()
+    }
+    labels = [
+        {table[str(entry)] for table in (by_id, by_name, prefixed) if str(entry) in table} for entry in categories
+    ]
+    unknown = [entry for entry, candidates in zip(categories, labels, strict=True) if not candidates]
+    _refuse_unknown("categories", unknown, [*annotations.category_ids, *by_name], annotations, "categories")
+    for entry, candidates in zip(categories, labels, strict=True):
+        if len(candidates) > 1:
+            raise ConfigError(
+                f"category is the id of one and the name of another | where: file={annotations.source} "
+                f"key=subset.categories | got {entry!r} expected 'id:{entry}' or 'name:{entry}'"
+            )
+    return [candidates.pop() for candidates in labels]
 
 
 def _refuse_unknown(

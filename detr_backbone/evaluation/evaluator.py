@@ -54,6 +54,7 @@ class CocoResult:
         num_images: images that were evaluated.
         num_expected: images that count; those not evaluated count as images without detections.
         part: a description of the subset of the dataset; empty for all of it.
+        warnings: the faults of the annotations with which the numbers are misleading, each in a line.
         settings: which matches count.
     """
 
@@ -62,6 +63,7 @@ class CocoResult:
     num_images: int
     num_expected: int
     part: str = ""
+    warnings: tuple[str, ...] = ()
     settings: EvaluationSettings = COCO_SETTINGS
 
     def table(self, intervals: Intervals | None = None) -> str:
@@ -76,6 +78,7 @@ class CocoResult:
                 f"{name:<{width}} {_percent(value)}{_range(of_numbers[name]) if of_numbers and value >= 0 else ''}"
                 for name, value in numbers.items()
             ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -238,6 +241,7 @@ class CocoEvaluator:
             num_images=len(self._by_image),
             num_expected=len(self.image_ids),
             part=self.annotations.part,
+            warnings=self.annotations.warnings,
             settings=self.settings,
         )
 

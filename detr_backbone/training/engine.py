@@ -154,9 +154,9 @@ def _open_splits(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
 
 
 def _described(dataset: CocoDetection, config: TrainConfig) -> str:
-    done = {"drop": " dropped", "clamp": " clipped", "warn": "", "": ""}
+    done = {"drop": " dropped", "clamp": " clipped", "crowd": " taken as crowds"}
     notes = [
-        f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
+        f"{KINDS[kind].what}: {count}{done.get(config.data.policies.action(kind), '')}"
         for kind, count in dataset.findings.items()
     ]
     return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({'; '.join(notes)})" if notes else "")
