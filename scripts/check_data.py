@@ -59,9 +59,9 @@ def main(
     if len(checked) == 2:
         checked = list(compare_splits(*checked))
     report = DataReport(splits=checked, policies=policies, segmentations=segmentations)
-    print(report.table())
     if output is not None:
         Path(output).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    print(report.table())
     if report.count("error"):
         raise SystemExit(2)
 

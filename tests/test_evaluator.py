@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from detr_backbone.coco.annotations import parse_annotations
 from detr_backbone.errors import ConfigError, EvaluationError
 from detr_backbone.evaluation.evaluator import Backend, CocoEvaluator
+from detr_backbone.evaluation.intervals import Interval, Intervals
 from detr_backbone.evaluation.matching import match
+from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.evaluation.settings import COCO_SETTINGS, EvaluationSettings
 from tests import coco_sets
 
@@ -611,3 +614,34 @@ def test_the_table_says_what_makes_its_numbers_misleading(kind: str, change: dic
 
     assert kind in line
     assert ": 1 | fix: " in line
+
+
+def interval(low: float, high: float) -> Interval:
+    return Interval(estimate=0.5, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("of_ap", "shown", "said"),
+    [
+        ((0.4, 0.6), "50.0 [40.0, 60.0]", False),
+        ((0.3, 0.45), "50.0 [30.0, 45.0]", True),
+        ((0.55, 0.6), "50.0 [55.0, 60.0]", True),
+        ((math.nan, math.nan), "50.0 -", False),
+    ],
+)
+def test_an_interval_is_shown_or_a_dash_and_one_without_its_number_is_explained(
+    of_ap: tuple[float, float], shown: str, said: bool
+) -> None:
+    result = CocoResult(stats={"AP": 0.5, "AP_large": -1}, per_class={"cat": 0.5}, num_images=1, num_expected=1)
+    intervals = Intervals(
+        stats={"AP": interval(*of_ap), "AP_large": interval(math.nan, math.nan)},
+        per_class={"cat": interval(0.4, 0.6)},
+        level=0.95,
+        resamples=2,
+    )
+
+    lines = result.table(intervals).splitlines()
+
+    assert lines[1] == f"AP        {shown}"
+    assert lines[2] == "AP_large     -"
+    assert [line.endswith(": AP") for line in lines if line.startswith("outside of the interval")] == [True] * said

@@ -11,9 +11,9 @@ import pytest
 from detr_backbone.errors import EvaluationError
 from detr_backbone.evaluation.average_precision import average_precision
 from detr_backbone.evaluation.half_sampling import draw_weights, half_sampling
-from detr_backbone.evaluation.intervals import compare, resample_intervals
+from detr_backbone.evaluation.intervals import Comparison, Difference, Interval, compare, resample_intervals
 from detr_backbone.evaluation.matching import Matches, match
-from detr_backbone.evaluation.settings import COCO_SETTINGS
+from detr_backbone.evaluation.settings import COCO_SETTINGS, EvaluationSettings
 from detr_backbone.evaluation.simulation import simulate
 from tests.coco_sets import matched, plain_pycocotools, random_set
 
@@ -287,3 +287,23 @@ def test_detectors_on_other_images_are_not_compared() -> None:
 def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be "):
         resample_intervals(two_images(1), **wrong)
+
+
+def test_headline_and_table_of_a_comparison_show_one_difference_and_explain_one_outside_of_its_interval() -> None:
+    biased = Difference(a=0.4, b=0.43, interval=Interval(estimate=0.03, low=0.001, high=0.02), p=0.01)
+    plain = Difference(a=0.4, b=0.43, interval=Interval(estimate=0.03, low=-0.01, high=0.07), p=0.2)
+    comparison = Comparison(stats={"AP": biased, "AP50": plain}, per_class={}, level=0.95, resamples=2)
+
+    lines = str(comparison).splitlines()
+
+    assert lines[0] == "B is better: B - A is +3.0 AP [+0.1, +2.0] (p = 0.01)"
+    assert lines[3].split()[:5] == ["AP", "40.0", "43.0", "+3.0", "[+0.1,"]
+    assert [line.rpartition(": ")[2] for line in lines if "outside of the interval" in line] == ["AP"]
+
+
+def test_detectors_with_other_settings_are_not_compared() -> None:
+    content, results = random_set(np.random.default_rng(3))
+    loose = EvaluationSettings(iou_thresholds=(0.5,))
+
+    with pytest.raises(EvaluationError, match=r"not evaluated alike \| got IoU 0.5, "):
+        compare(matched(content, results, settings=loose), matched(content, results))

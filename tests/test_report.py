@@ -167,11 +167,15 @@ def test_the_numbers_are_those_of_the_evaluation(report: Path, tmp_path: Path) -
     assert [row["image_id"] for row in numbers["ranking"]] == [8, 7]  # nothing to say of the third
 
 
+def test_files_for_programs_say_their_unit(report: Path) -> None:
+    assert numbers_of(report)["unit"].startswith("fractions of 1")
+
+
 def test_the_csv_holds_the_classes(report: Path) -> None:
     rows = list(csv.DictReader(text_of(report, "csv").splitlines()))
 
     assert [row["name"] for row in rows] == list(NAMES.values())
-    assert [row["AP"] for row in rows] == ["1.0", "0.0", "0.0", ""]
+    assert [row["AP (%)"] for row in rows] == ["100.0", "0.0", "0.0", ""]
 
 
 def test_markdown_has_a_row_for_each_class_and_no_stray_columns(report: Path) -> None:

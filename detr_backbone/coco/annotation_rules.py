@@ -210,7 +210,7 @@ def _examine_areas(
         least, most = MIN_AREA_FRACTION * width * height, (width + 2) * (height + 2)
     findings += findings_of(
         "area_mismatch",
-        given & valid & ~bad & ((areas < least) | (areas > most)),
+        given & valid & ~bad & (width * height > 0) & ((areas < least) | (areas > most)),
         lambda i: (f"{where(i)} key=area", f"{areas[i]:g}", f"{least[i]:.4g} to {most[i]:.4g} for its box"),
     )
     return findings, areas

@@ -7,9 +7,8 @@ not boxes, and numbers annotations itself.
 Source: https://cocodataset.org/#detection-eval
 """
 
-import math
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
 
@@ -21,9 +20,9 @@ from detr_backbone.evaluation.average_precision import average_precision
 from detr_backbone.evaluation.box_format import refuse_other_formats
 from detr_backbone.evaluation.cocoeval import pycocotools_stats
 from detr_backbone.evaluation.detections import Detections, load_detections, refuse_unknown
-from detr_backbone.evaluation.intervals import Interval, Intervals
 from detr_backbone.evaluation.matching import IouType, Matches, match, segmentations_of
 from detr_backbone.evaluation.predictions import ImageDetections, check_prediction
+from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.evaluation.settings import COCO_SETTINGS, EvaluationSettings
 
 Backend: TypeAlias = Literal["pycocotools", "matching"]
@@ -40,49 +39,6 @@ class Detection(TypedDict):
     """x, y, w, h in pixels of the original image."""
     segmentation: NotRequired[dict[str, Any]]
     """`size` (h, w), and `counts` as a string."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CocoResult:
-    """The numbers of one evaluation, between 0 and 1; -1 without objects.
-
-    Attributes:
-        stats: COCO's twelve by name: AP over IoU 0.50 .. 0.95, at 0.50 and at 0.75, by object area (below 32^2, up to
-            96^2, above, in square pixels), and the recall with 1, 10 and 100 detections and by area. Other settings
-            give other ones, see `EvaluationSettings.stats`.
-        per_class: AP by category name.
-        num_images: images that were evaluated.
-        num_expected: images that count; those not evaluated count as images without detections.
-        part: a description of the subset of the dataset; empty for all of it.
-        warnings: the faults of the annotations with which the numbers are misleading, each in a line.
-        settings: which matches count.
-    """
-
-    stats: Mapping[str, float]
-    per_class: Mapping[str, float]
-    num_images: int
-    num_expected: int
-    part: str = ""
-    warnings: tuple[str, ...] = ()
-    settings: EvaluationSettings = COCO_SETTINGS
-
-    def table(self, intervals: Intervals | None = None) -> str:
-        """Return the numbers as lines of text, in percent, with their intervals; `-` for what does not exist."""
-        lines = [f"images {self.num_images} of {self.num_expected}"]
-        lines += [f"subset {self.part}"] if self.part else []
-        lines += [f"settings {self.settings}"] if self.settings != COCO_SETTINGS else []
-        ranges = (None, None) if intervals is None else (intervals.stats, intervals.per_class)
-        for numbers, of_numbers in zip((self.stats, self.per_class), ranges, strict=True):
-            width = max(map(len, numbers))
-            lines += [
-                f"{name:<{width}} {_percent(value)}{_range(of_numbers[name]) if of_numbers and value >= 0 else ''}"
-                for name, value in numbers.items()
-            ]
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 class CocoEvaluator:
@@ -262,6 +218,12 @@ class CocoEvaluator:
             )
         return self._matches
 
+    def with_settings(self, settings: EvaluationSettings) -> "CocoEvaluator":
+        """Return an evaluator of the same detections with other settings."""
+        other = copy.copy(self)
+        other.settings, other._by_image, other._matches = settings, dict(self._by_image), None
+        return other
+
     def _refuse_missing(self, *, allow_partial: bool) -> None:
         missing = [image_id for image_id in self.image_ids if image_id not in self._by_image]
         if missing and not allow_partial:
@@ -277,11 +239,3 @@ class CocoEvaluator:
         if self.iou_type == "bbox":
             refuse_other_formats(self.annotations, collected, self._source)
         return collected
-
-
-def _percent(value: float) -> str:
-    return "    -" if value < 0 else f"{100 * value:5.1f}"
-
-
-def _range(interval: Interval) -> str:
-    return " -" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -143,6 +143,8 @@ class Comparison:
             numbers = f"{100 * one.a:6.1f} {100 * one.b:6.1f} {100 * (one.b - one.a):+6.1f}"
             interval = f"[{100 * one.interval.low:+.1f}, {100 * one.interval.high:+.1f}] p = {one.p:.3f}"
             lines.append(f"{name:<{width}} {numbers}  {'-' if math.isnan(one.p) else interval}")
+        if biased := [name for name, one in every if not math.isnan(one.p) and one.interval.is_biased]:
+            lines.append(f"B - A outside of the interval, which is corrected for bias: {', '.join(biased)}")
         return "\n".join(lines)
 
 

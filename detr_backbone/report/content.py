@@ -20,6 +20,7 @@ from detr_backbone.evaluation.average_precision import RECALLS, average_precisio
 from detr_backbone.evaluation.intervals import Interval, Intervals
 from detr_backbone.evaluation.matching import Matches
 from detr_backbone.evaluation.mistakes import MISTAKE_KINDS, Mistakes
+from detr_backbone.evaluation.result import UNIT
 
 Summary: TypeAlias = dict[str, Any]
 """Dicts, lists, strings, numbers, and None for a number that does not exist."""
@@ -82,6 +83,7 @@ def summarise(
     objects = ~matches.object_ignored
     summary = {
         "title": title,
+        "unit": UNIT,
         "images": len(matches.image_ids),
         "objects": int(objects[0].sum()),
         "crowds": int(matches.object_ignored[0].sum()),

@@ -67,15 +67,15 @@ def write_report(
 
 
 def class_table(summary: Summary) -> str:
-    """Return the classes as CSV; numbers between 0 and 1 with six digits, empty where there is none."""
-    keys = ("category_id", "name", "objects", "AP", "AP_low", "AP_high", "AP50", "AP75", "AR")
+    """Return the classes as CSV, numbers in percent with four decimals; empty for a number that does not exist."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, keys)
-    writer.writeheader()
+    writer = csv.writer(text)
+    numbers = ("AP", "AP_low", "AP_high", "AP50", "AP75", "AR")
+    writer.writerow(["category_id", "name", "objects", *(f"{number} (%)" for number in numbers)])
     for row in summary["classes"]:
-        interval = {"AP": row["AP"]["value"], "AP_low": row["AP"]["low"], "AP_high": row["AP"]["high"]}
-        cells = {**row, **interval}
-        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in cells.items()})
+        values = [*row["AP"].values(), row["AP50"], row["AP75"], row["AR"]]
+        percents = [None if value is None else round(100 * value, 4) for value in values]
+        writer.writerow([row["category_id"], row["name"], row["objects"], *percents])
     return text.getvalue()
 
 
