@@ -9,6 +9,7 @@ from pathlib import Path
 from detr_backbone.coco.check import check_split, compare_splits
 from detr_backbone.coco.check_report import DataReport
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
+from detr_backbone.coco.near_misses import rename_files
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import SplitConfig, parse_config, parse_options, plain_errors
 
@@ -23,6 +24,7 @@ def main(
     segmentations: bool = False,
     decode: bool = True,
     workers: int | None = None,
+    rename: str | None = None,
 ) -> None:
     """Check a dataset in COCO format before training; the exit code is 2 where training would refuse it.
 
@@ -34,10 +36,18 @@ def main(
         policies: how faults are handled that need not be refused; overrides those of a configuration.
         segmentations: the masks will be used, so that their faults are errors.
         decode: read every image file.
+        rename: a new JSON file, for a copy of --annotations in which file names that nearly match are corrected.
         workers: processes that read image files; one per processor if left out.
     """
     if (images is None) != (annotations is None) or (images is None) == (config is None):
         raise ConfigError("give --images and --annotations, or --config")
+    if rename is not None:
+        if annotations is None:
+            raise ConfigError("--rename needs --images and --annotations")
+        renamed = rename_files(annotations, str(images), rename)
+        name, file = next(iter(renamed.items()))
+        print(f"{len(renamed)} file names corrected, such as {name!r} to {file!r}: {rename}\n")
+        annotations = rename
     splits, num_queries = {"data": SplitConfig(images=str(images), annotations=str(annotations))}, None
     if config is not None:
         settings = parse_config(["--config", config])

@@ -233,6 +233,8 @@ TOLD_ONCE: dict[str, tuple[set[str], Change]] = {
         one.update(category_id=one["category_id"] - 3) for one in c["annotations"]]),
     "no category has an annotation": ({"reference_malformed"}, lambda c, _: [
         one.pop("category_id") for one in c["annotations"]]),
+    "endings in another case": ({"file_missing"}, lambda c, _: [
+        one.update(file_name=one["file_name"].upper().replace("A.", "a.").replace("B.", "b.")) for one in c["images"]]),
     "boxes outside": ({"box_outside"}, lambda c, _: [one.update(bbox=[30, 30, 5, 5]) for one in c["annotations"]]),
     "malformed boxes": ({"box_malformed"}, lambda c, _: [one.update(bbox=[1, 2]) for one in c["annotations"]]),
     "an annotation twice": ({"duplicate_annotation"}, lambda c, _: c["annotations"].append(c["annotations"][1])),

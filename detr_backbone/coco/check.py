@@ -18,6 +18,7 @@ from detr_backbone.coco.check_report import CheckedSplit
 from detr_backbone.coco.findings import EXAMPLES, Finding, Findings, findings_of
 from detr_backbone.coco.image_files import examine_files, unlisted_files
 from detr_backbone.coco.images import examine_image
+from detr_backbone.coco.near_misses import near_misses
 from detr_backbone.coco.rules import Content, examine_content, more_boxes_than_queries
 from detr_backbone.coco.segmentations import Packer
 from detr_backbone.errors import AnnotationError
@@ -76,7 +77,9 @@ def check_split(
             findings += files
         else:
             files = []
-        unlisted = unlisted_files(images, names)
+        missing = [names[row] for one in files if one.kind == "file_missing" for row in one.rows.tolist()]
+        misspelt = {file for file, _ in near_misses(images, missing).values()}
+        unlisted = [name for name in unlisted_files(images, names) if name not in misspelt]
         if decode:
             absent = {row for one in files if one.kind in ("path_outside", "file_missing") for row in one.rows.tolist()}
             files_to_open = [

@@ -91,7 +91,11 @@ KINDS: Mapping[str, Kind] = {
     "path_outside": Kind(
         what="file name leads out of the images folder", fix="name files relative to the folder, and move them into it"
     ),
-    "file_missing": Kind(what="image files are missing", fix="check the folder", error=DataError),
+    "file_missing": Kind(
+        what="image files are missing",
+        fix="check the folder; if names nearly match, check_data.py --rename writes a corrected annotation file",
+        error=DataError,
+    ),
     "duplicate_file": Kind(what="images share a file", fix="merge their annotations", severity="warning"),
     "file_name_not_text": Kind(what="file name is not UTF-8 text", fix="rename the file", severity="warning"),
     # the content of the image files

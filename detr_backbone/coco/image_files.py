@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from detr_backbone.coco.findings import Finding, Findings, findings_of
+from detr_backbone.coco.near_misses import near_misses, summary_of
 from detr_backbone.coco.typed_arrays import IntArray
 
 ENDINGS = frozenset(
@@ -44,6 +45,7 @@ def examine_files(folder: Path | str, image_ids: IntArray, names: Sequence[str],
     rows: dict[str, int] = {}
     first = np.array([rows.setdefault(os.path.normpath(name), row) for row, name in enumerate(names)], dtype=np.int64)
     absent = [names[row] for row in np.flatnonzero(missing).tolist()]
+    near = summary_of(near_misses(folder, absent)) if absent else ""
 
     def where(row: int) -> str:
         return f"file={source} image_id={image_ids[row]} key=file_name"
@@ -55,7 +57,7 @@ def examine_files(folder: Path | str, image_ids: IntArray, names: Sequence[str],
             missing,
             lambda _: (
                 f"file={source} key=file_name folder={folder}",
-                f"{len(absent)} of {len(names)} missing, first {absent[:5]}",
+                f"{len(absent)} of {len(names)} missing, first {absent[:5]}" + (f"; {near}" if near else ""),
             ),
         ),
         *findings_of(
