@@ -1,8 +1,11 @@
 """The commands that README shows, run as a user runs them."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,6 +176,84 @@ def test_an_untrained_detr_can_be_looked_at_layer_by_layer(script: Command, fold
     assert "untrained detr on shapes000001" in result.stdout
     drawings = {path.stem for path in (folder / "untrained").glob("*.png")}
     assert drawings == {"levels", "shapes000001.queries", "shapes000001.backbone.0.body.layer1.0"}
+
+
+@pytest.fixture(scope="module")
+def cats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three annotated images, without image files, of classes that few consoles can show; detections."""
+    folder = tmp_path_factory.mktemp("cats")
+    boxes = [{"image_id": i, "category_id": 1, "bbox": [10, 10, 12 + i, 12]} for i in (1, 2, 3)]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2, 3)],
+        "categories": [{"id": 1, "name": "猫"}, {"id": 2, "name": "犬"}],
+        "annotations": [{"id": i, **box} for i, box in enumerate(boxes, start=1)],
+    }
+    (folder / "val.json").write_text(json.dumps(content), encoding="utf-8")
+    found = [{**box, "score": 0.5} for box in boxes]
+    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / "less.json").write_text(json.dumps(found[:2]), encoding="utf-8")
+    return folder
+
+
+TRUTH = ("--annotations", "val.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (("evaluate.py", "--detections", "found.json", *TRUTH, "--output", "o", "--intervals", "20"), "o/results.json"),
+        (("compare.py", "--a", "less.json", "--b", "found.json", *TRUTH, "--output", "c.json"), "c.json"),
+        (("check_data.py", "--images", ".", *TRUTH, "--decode", "false", "--output", "d.json"), "d.json"),
+    ],
+)
+def test_numbers_are_written_though_the_console_cannot_show_a_name(
+    script: Command, cats: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], written: str
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with contextlib.suppress(UnicodeEncodeError):
+        script(cats, *words)
+
+    assert json.loads((cats / written).read_text(encoding="utf-8"))
+
+
+def test_files_for_programs_say_their_unit_and_screens_show_percent(script: Command, cats: Path) -> None:
+    evaluated = script(cats, "evaluate.py", "--detections", "less.json", *TRUTH, "--output", "unit", "--intervals", "0")
+    compared = script(cats, "compare.py", "--a", "less.json", "--b", "found.json", *TRUTH, "--output", "unit.json")
+
+    results = json.loads((cats / "unit" / "results.json").read_text(encoding="utf-8"))
+    assert results["unit"].startswith("fractions of 1")
+    assert f"AP         {100 * results['stats']['AP']:.1f}\n" in evaluated.stdout
+    assert json.loads((cats / "unit.json").read_text(encoding="utf-8"))["unit"] == results["unit"]
+    assert re.search(r"^AP +66\.3  100\.0  \+33\.7", compared.stdout, re.MULTILINE)
+
+
+def test_thresholds_areas_and_detections_per_image_are_options_and_named_in_the_result(
+    script: Command, cats: Path
+) -> None:
+    settings = ("--iou_thresholds", "[0.3]", "--area_ranges", "{tiny: [0, 170]}", "--max_dets", "[1, 300]")
+    words = ("evaluate.py", "--detections", "found.json", *TRUTH, *settings)
+    result = script(cats, *words, "--output", "other", "--intervals", "20", "--backend", "matching")
+
+    assert result.returncode == 0, result.stderr
+    assert "settings IoU 0.3, areas tiny 0 to 170, at most 1, 300 detections" in result.stdout
+    results = json.loads((cats / "other" / "results.json").read_text(encoding="utf-8"))
+    assert list(results["stats"]) == ["AP", "AP30", "AP_tiny", "AR_1", "AR_300", "AR_tiny"]
+    assert results["settings"]["max_dets"] == [1, 300]
+    assert "--report shows COCO's settings" in script(cats, *words, "--report", "r").stderr
+
+
+def test_an_ignore_flag_is_handled_as_the_policy_of_an_evaluation_says(script: Command, cats: Path) -> None:
+    content = json.loads((cats / "val.json").read_text(encoding="utf-8"))
+    content["annotations"][2]["ignore"] = 1
+    (cats / "ignored.json").write_text(json.dumps(content), encoding="utf-8")
+    words = ("evaluate.py", "--detections", "less.json", "--annotations", "ignored.json", "--intervals", "0")
+
+    kept, crowd = (script(cats, *words, "--policies.ignore_flag", policy).stdout for policy in ("keep", "crowd"))
+
+    assert re.search(r"^AP +66\.3$", kept, re.MULTILINE)
+    assert "warning: annotation is marked to be ignored" in kept
+    assert re.search(r"^AP +100\.0$", crowd, re.MULTILINE)
+    assert "warning" not in crowd
 
 
 @pytest.mark.parametrize(

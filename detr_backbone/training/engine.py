@@ -13,7 +13,7 @@ from detr_backbone.coco.rules import more_boxes_than_queries
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
-from detr_backbone.evaluation.evaluator import CocoResult
+from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, refuse_another_run, restore, save_checkpoint
@@ -154,9 +154,9 @@ def _open_splits(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
 
 
 def _described(dataset: CocoDetection, config: TrainConfig) -> str:
-    done = {"drop": " dropped", "clamp": " clipped", "warn": "", "": ""}
+    done = {"drop": " dropped", "clamp": " clipped", "crowd": " taken as crowds"}
     notes = [
-        f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
+        f"{KINDS[kind].what}: {count}{done.get(config.data.policies.action(kind), '')}"
         for kind, count in dataset.findings.items()
     ]
     return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({'; '.join(notes)})" if notes else "")

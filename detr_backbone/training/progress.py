@@ -7,12 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_backbone.evaluation.average_precision import STATS
+from detr_backbone.evaluation.result import percent
+from detr_backbone.evaluation.settings import COCO_SETTINGS
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.data import Batch, Loader
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
-COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS, "padding")
+COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *COCO_SETTINGS.stat_names, "padding")
 
 
 class Means:
@@ -84,7 +85,7 @@ class RunLog:
         """Print one line and write one row; `stats` is empty where nothing was evaluated."""
         seconds = time.monotonic() - self._start
         values = means.values()
-        evaluated = "".join(f"  {name} {stats[name]:.3f}" for name in ("AP", "AP50") if stats)
+        evaluated = "".join(f"  {name} {percent(stats[name])}" for name in ("AP", "AP50") if stats)
         self.say(f"epoch {epoch:>3}  {seconds / 60:5.1f} min  {means}  padding {values['padding']:.0%}{evaluated}")
         if self._path is None:
             return
