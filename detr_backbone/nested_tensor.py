@@ -55,11 +55,13 @@ class NestedTensor:
         if tensors.ndim != 4:
             raise ValueError(f"`tensors` must be [B, C, H, W], got {list(tensors.shape)}")
         expected = [tensors.shape[0], *tensors.shape[-2:]]
+        self._has_mask = mask is not None
         if mask is None:
             if sizes is not None:
                 raise ValueError("`mask` must be given where `sizes` are, got None")
             mask = torch.zeros(expected, dtype=torch.bool, device=tensors.device)
-            sizes = [(expected[1], expected[2])] * expected[0]
+            # A list of B entries would specialise a graph to this batch size.
+            sizes = None if torch.compiler.is_compiling() else [(expected[1], expected[2])] * expected[0]
         if mask.dtype != torch.bool:
             raise TypeError(f"`mask` must be bool, True on padding, got {mask.dtype}")
         if list(mask.shape) != expected:
@@ -100,12 +102,12 @@ class NestedTensor:
 
     @property
     def is_padded(self) -> bool:
-        """Whether any image is smaller than the batch; always True while torch compiles.
+        """Whether any image is smaller than the batch; while torch compiles, whether a mask was given.
 
-        A compiled graph must serve every batch of its shape, so it does what padding asks for, padded or not.
+        A compiled graph must serve every batch of its shape, so it does what a mask asks for, padded or not.
         """
         if torch.compiler.is_compiling():
-            return True
+            return self._has_mask
         full = tuple(self.tensors.shape[-2:])
         return any(size != full for size in self.sizes)
 
@@ -261,6 +263,7 @@ def _flatten(batch: NestedTensor) -> tuple[list[Tensor], None]:
 def _unflatten(leaves: Iterable[Any], _: None) -> NestedTensor:
     batch = object.__new__(NestedTensor)  # nothing is checked: leaves may stand for tensors
     batch.tensors, batch.mask = leaves
+    batch._has_mask = True
     return batch
 
 
