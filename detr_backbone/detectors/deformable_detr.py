@@ -164,7 +164,7 @@ class ValidGroupNorm(nn.GroupNorm):
         if valid is None:
             # F.group_norm would refuse one cell with one channel per group, but only where it is alone in its batch.
             return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        grouped = at_least_float32(x).view(len(x), self.num_groups, -1, *x.shape[2:])
+        grouped = at_least_float32(x).view(x.shape[0], self.num_groups, -1, *x.shape[2:])
         share = valid / (valid.sum(dim=(1, 2), keepdim=True) * grouped.shape[2])
         share = share[:, None, None]
         centred = grouped - (grouped * share).sum(dim=(2, 3, 4), keepdim=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detr_backbone.detectors.attention import attend
 from detr_backbone.detectors.deformable_attention import MSDeformAttn
 from detr_backbone.detectors.deformable_sampling import Sampling
 from detr_backbone.detectors.dropout import Dropout
@@ -143,7 +144,7 @@ class DeformableTransformer(nn.Module):
             proposals = self._propose(memory, cells, propose_padding=propose_padding)
             references, query_pos, tgt = self._queries(proposals, memory.dtype)
         elif query_embed is not None:
-            query_pos, tgt = query_embed.expand(len(src), -1, -1).chunk(2, dim=-1)
+            query_pos, tgt = query_embed.expand(src.shape[0], -1, -1).chunk(2, dim=-1)
             references = outside_autocast(self.reference_points, query_pos).sigmoid()
         else:
             raise ValueError("`query_embed` must be [Q, 2C] where the transformer is not two-stage, got None")
@@ -173,9 +174,10 @@ class DeformableTransformer(nn.Module):
         return references, query_pos, tgt
 
     def _check_candidates(self, levels: Sequence[NestedTensor], *, propose_padding: bool) -> None:
-        whole = propose_padding or torch.compiler.is_compiling()  # a graph does not know the sizes
+        if torch.compiler.is_compiling():
+            return  # a graph does not know the sizes; topk still refuses more proposals than cells
         for index in range(len(levels[0])):
-            shapes = [level.tensors.shape[-2:] if whole else level.sizes[index] for level in levels]
+            shapes = [level.tensors.shape[-2:] if propose_padding else level.sizes[index] for level in levels]
             count = sum(h * w for h, w in shapes)
             if count < self.two_stage_num_proposals:
                 raise ValueError(
@@ -288,7 +290,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
     def forward(self, tgt: Tensor, query_pos: Tensor, references: Tensor, memory: Tensor, cells: Cells) -> Tensor:
         """Query states [B, Q, C] after this layer; `references` [B, Q, L, 2 or 4] lie on the padded levels."""
         query = tgt + query_pos
-        tgt = self.norm2(tgt + self.dropout(self.self_attn(query, query, tgt, need_weights=False)[0]))
+        tgt = self.norm2(tgt + self.dropout(attend(self.self_attn, query, query, tgt)))
         seen = self.cross_attn(tgt + query_pos, references, memory, cells.spatial_shapes, cells.mask)
         tgt = self.norm1(tgt + self.dropout(seen))
         thought = self.linear2(self.dropout(self.activation(self.linear1(tgt))))

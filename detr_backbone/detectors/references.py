@@ -31,11 +31,15 @@ class Cells:
         is_padded = any(level.is_padded for level in levels)
         centres, ratios = [], []
         for level in levels:
-            valid = ~level.mask
-            height, width = valid.shape[1:]
-            valid_height, valid_width = valid[:, :, 0].sum(dim=1), valid[:, 0].sum(dim=1)
-            y = (torch.arange(height, device=valid.device) + 0.5) / valid_height[:, None]
-            x = (torch.arange(width, device=valid.device) + 0.5) / valid_width[:, None]
+            batch, height, width = level.mask.shape
+            if is_padded:
+                valid_height, valid_width = (~level.mask[:, :, 0]).sum(dim=1), (~level.mask[:, 0]).sum(dim=1)
+            else:  # from the shape, so that a graph for images without padding does not compute a mask
+                valid_height, valid_width = (
+                    torch.full((batch,), side, device=level.mask.device) for side in (height, width)
+                )
+            y = (torch.arange(height, device=level.mask.device) + 0.5) / valid_height[:, None]
+            x = (torch.arange(width, device=level.mask.device) + 0.5) / valid_width[:, None]
             x, y = x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)
             centres.append(torch.stack([x, y], dim=-1).flatten(1, 2))
             ratios.append(torch.stack([valid_width / width, valid_height / height], dim=-1))

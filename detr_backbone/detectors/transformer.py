@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_backbone.detectors.attention import attend
 from detr_backbone.detectors.dropout import Dropout
 
 Activation: TypeAlias = Literal["relu", "gelu"]
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         cells = src.flatten(2).transpose(1, 2)
         padding = None if mask is None else mask.flatten(1)
         pos = pos_embed.flatten(2).transpose(1, 2)
-        query_pos = query_embed.expand(len(src), -1, -1)
+        query_pos = query_embed.expand(src.shape[0], -1, -1)
 
         memory = self.encoder(cells, padding, pos)
         hidden = self.decoder(torch.zeros_like(query_pos), memory, padding, pos, query_pos)
@@ -208,7 +209,7 @@ class TransformerEncoderLayer(_Layer):
 
         def look_around(x: Tensor) -> Tensor:
             query = x + pos
-            return _attend(self.self_attn, query, query, x, padding)
+            return attend(self.self_attn, query, query, x, padding=padding)
 
         src = self._step(src, self.norm1, look_around)
         return self._step(src, self.norm2, self._feed_forward)
@@ -244,19 +245,11 @@ class TransformerDecoderLayer(_Layer):
 
         def look_around(x: Tensor) -> Tensor:
             query = x + query_pos
-            return _attend(self.self_attn, query, query, x, None)
+            return attend(self.self_attn, query, query, x)
 
         def look_at_image(x: Tensor) -> Tensor:
-            return _attend(self.multihead_attn, x + query_pos, keys, values, padding)
+            return attend(self.multihead_attn, x + query_pos, keys, values, padding=padding)
 
         tgt = self._step(tgt, self.norm1, look_around)
         tgt = self._step(tgt, self.norm2, look_at_image)
         return self._step(tgt, self.norm3, self._feed_forward)
-
-
-def _attend(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
-) -> Tensor:
-    # Without weights torch takes its fused kernel. A forward pre-hook with kwargs can ask for them all the same.
-    out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=False)[0]
-    return out
