@@ -16,10 +16,14 @@ def attend(
 ) -> Tensor:
     """Return the values [B, Q, C] that `query` reads.
 
+    While torch exports, the same is spelled out in operators that serve every batch size: the forward of the module
+    specialises a graph to one image or to more.
+
     Args:
         attention: built with `batch_first=True`, and with keys and values as wide as queries.
         query: [B, Q, C].
-        key, value: [B, S, C].
+        key: [B, S, C].
+        value: [B, S, C].
         padding: bool [B, S], True on keys that no query attends to.
         mask: bool [Q, S], True where a query does not attend to a key.
 
@@ -27,24 +31,12 @@ def attend(
     >>> attend(attention, tokens[:, :3], tokens, tokens).shape
     torch.Size([1, 3, 8])
     """
-    if torch.compiler.is_exporting():
-        return _attend_in_graph(attention, query, key, value, padding, mask)
-    # Without weights torch takes its fused kernel. A forward pre-hook with kwargs can ask for them all the same.
-    return attention(query, key, value, key_padding_mask=padding, need_weights=False, attn_mask=mask)[0]
-
-
-def _attend_in_graph(
-    attention: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """As `attend`, for every batch size: `nn.MultiheadAttention.forward` specialises a graph to one image or to more."""
+    if not torch.compiler.is_exporting():
+        # Without weights torch takes its fused kernel. A forward pre-hook with kwargs can ask for them all the same.
+        return attention(query, key, value, key_padding_mask=padding, need_weights=False, attn_mask=mask)[0]
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     q, k, v = (
-        F.linear(x, weight, bias).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        F.linear(x, weight, bias).view(*x.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
     )
     allowed = None if padding is None else ~padding[:, None, None]
