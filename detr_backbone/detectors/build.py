@@ -54,12 +54,12 @@ class DetectorConfig:
         name: detr or deformable_detr.
         backbone: the backbone; its `hidden_dim` is the width of the whole detector.
         num_classes: K, the number of real classes; null until it is set from the training data's categories.
-        num_queries: the most objects found in one image; Deformable DETR: 300.
+        num_queries: the most objects detected in one image; Deformable DETR: 300.
         nheads: attention heads; divides `hidden_dim`.
         enc_layers: encoder layers.
         dec_layers: decoder layers.
         dim_feedforward: hidden width of the networks in the transformer's layers; Deformable DETR: 1024.
-        dropout: share of values that the transformer drops in training.
+        dropout: fraction of values that the transformer drops in training.
         pre_norm: detr only: LayerNorm before each step instead of after it.
         aux_loss: train the predictions of every decoder layer, not only the last.
         num_feature_levels: deformable_detr only: levels read, the backbone's and coarser ones made from its last; null
@@ -142,7 +142,7 @@ class DetectorConfig:
 
 
 def build_detector(config: DetectorConfig) -> DETR | DeformableDETR:
-    """The detector that `config` describes, with fresh weights outside the backbone.
+    """Return the detector that `config` describes, with fresh weights outside the backbone.
 
     Raises:
         ConfigError: `num_classes` is not set, or a part cannot be built.
@@ -194,7 +194,7 @@ def build_detector(config: DetectorConfig) -> DETR | DeformableDETR:
 
 
 def build_criterion(config: DetectorConfig) -> SetCriterion:
-    """The loss that trains the detector of `config`, with a weight for every decoder layer it compares.
+    """Return the loss that trains the detector of `config`, with a weight for every decoder layer it compares.
 
     Raises:
         ConfigError: `num_classes` is not set.
@@ -218,7 +218,7 @@ def build_criterion(config: DetectorConfig) -> SetCriterion:
 
 
 def build_postprocess(config: DetectorConfig, *, category_ids: Sequence[int] | None = None) -> PostProcess:
-    """What turns the outputs of the detector of `config` into detections.
+    """Return the post-processing that turns the outputs of the detector of `config` into detections.
 
     Args:
         config: the detector.

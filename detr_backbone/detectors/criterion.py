@@ -52,29 +52,29 @@ class SetCriterion(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Scalars by name: the losses, and two numbers that are only watched.
+        """Return scalars by name: the losses, and two metrics that do not train.
 
         `loss_ce`, `loss_bbox` (L1) and `loss_giou`, sums divided by the number of targets: its mean over all processes,
-        at least 1. `class_error`: per cent of matched queries with the wrong class, 100 without targets.
+        at least 1. `class_error`: percentage of matched queries whose best class is another, 100 without targets.
         `cardinality_error`: mean distance between the number of targets and of queries whose best logit is not the last
         one; that says nothing for sigmoid logits, as published. Names end in `_{i}` for each decoder layer i but the
         last, and in `_enc` for two-stage proposals, where every label counts as 0.
 
         Args:
             outputs: `pred_logits` [B, Q, K + 1], or [B, Q, K] with `focal_alpha`; `pred_boxes` [B, Q, 4] cxcywh as
-                shares of the image; optionally `aux_outputs`, a list of such dicts, and `enc_outputs`, one such dict.
-            targets: for each image `labels` int64 [N], `boxes` [N, 4] cxcywh as shares of the image, and optionally
+                fractions of the image; optionally `aux_outputs`, a list of such dicts, and `enc_outputs`, one of them.
+            targets: for each image `labels` int64 [N], `boxes` [N, 4] cxcywh as fractions of the image, and optionally
                 `image_id`, used in messages. N is 0 for an image without objects.
 
         Raises:
             TypeError: labels are not integers.
             ValueError: shapes do not fit, or a label is outside 0 ... K - 1.
-            NumericsError: a prediction is not finite, or a target box is not cxcywh as shares of the image.
+            NumericsError: a prediction is not finite, or a target box is not cxcywh as fractions of the image.
         """
         decoder = _stack([*outputs.get("aux_outputs", ()), outputs])
         proposals = _stack([outputs["enc_outputs"]]) if "enc_outputs" in outputs else None
         self._check_shapes(*decoder, targets)
-        targets = [_tidy(targets, index, decoder[0].device) for index in range(len(targets))]
+        targets = [_to_device(targets, index, decoder[0].device) for index in range(len(targets))]
         _check_values([decoder] if proposals is None else [decoder, proposals], targets, self.num_classes)
 
         num_boxes = _mean_over_processes(sum(len(target["labels"]) for target in targets), decoder[0].device)
@@ -89,7 +89,7 @@ class SetCriterion(nn.Module):
         return losses
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The scalar to train on.
+        """Return the weighted sum of the losses, the scalar to train on.
 
         Raises:
             ValueError: a loss in `weight_dict` is missing.
@@ -105,37 +105,37 @@ class SetCriterion(nn.Module):
         return total
 
     def _losses(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target], num_boxes: Tensor) -> dict[str, Tensor]:
-        """Every scalar of `forward` as [L], for logits [L, B, Q, ·] and boxes [L, B, Q, 4]."""
+        """Return every scalar of `forward` as [L], for logits [L, B, Q, ·] and boxes [L, B, Q, 4]."""
         counts = [len(target["labels"]) for target in targets]
         matches = self.matcher.match_layers(logits, boxes, targets)
         # From pageable memory a non-blocking copy is safe, and does not wait for the device.
         layer, image, query, target = _pairs(matches, counts).to(logits.device, non_blocking=True)
         labels = torch.cat([target["labels"] for target in targets])[target]
-        wanted = torch.cat([target["boxes"] for target in targets])[target]
+        target_boxes = torch.cat([target["boxes"] for target in targets])[target]
         predicted = boxes[layer, image, query]
 
         classes = torch.full(logits.shape[:3], self.num_classes, device=logits.device)
         classes[layer, image, query] = labels
         correct = (logits[layer, image, query].argmax(-1) == labels).float()
-        found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-        there = torch.tensor(counts).to(logits.device, non_blocking=True)
+        num_predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+        num_objects = torch.tensor(counts).to(logits.device, non_blocking=True)
         return {
             "loss_ce": self._label_loss(logits, classes, num_boxes),
             "class_error": 100 - 100 * correct.sum(1) / max(correct.shape[1], 1),
-            "loss_bbox": F.l1_loss(predicted, wanted, reduction="none").sum((1, 2)) / num_boxes,
-            "loss_giou": (1 - generalized_iou(predicted, wanted)).sum(1) / num_boxes,
-            "cardinality_error": (found - there).abs().float().mean(1),
+            "loss_bbox": F.l1_loss(predicted, target_boxes, reduction="none").sum((1, 2)) / num_boxes,
+            "loss_giou": (1 - generalized_iou(predicted, target_boxes)).sum(1) / num_boxes,
+            "cardinality_error": (num_predicted - num_objects).abs().float().mean(1),
         }
 
     def _label_loss(self, logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
-        """[L], for classes [L, B, Q] of which K is "no object"."""
+        """Return the label loss [L], for classes [L, B, Q] of which K is "no object"."""
         from torchvision.ops import sigmoid_focal_loss
 
         if self.focal_alpha is None:
-            surprise = F.cross_entropy(logits.movedim(-1, 1), classes, weight=self.class_weight, reduction="none")
-            return surprise.sum((1, 2)) / self.class_weight[classes].sum((1, 2))
-        wanted = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
-        loss: Tensor = sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha, gamma=FOCAL_GAMMA, reduction="none")
+            loss = F.cross_entropy(logits.movedim(-1, 1), classes, weight=self.class_weight, reduction="none")
+            return loss.sum((1, 2)) / self.class_weight[classes].sum((1, 2))
+        one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
+        loss = sigmoid_focal_loss(logits, one_hot, alpha=self.focal_alpha, gamma=FOCAL_GAMMA, reduction="none")
         return loss.sum((1, 2, 3)) / num_boxes
 
     def _check_shapes(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> None:
@@ -159,13 +159,13 @@ def _stack(layers: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(matches: Sequence[Sequence[Match]], counts: Sequence[int]) -> Tensor:
-    """Layer, image, query and target (counted through the batch) of every matched pair: [4, L, M]."""
+    """Return layer, image, query and target (counted through the batch) of every matched pair, [4, L, M]."""
     layers = []
     for number, layer in enumerate(matches):
         pairs, before = [], 0
         for image, ((queries, targets), count) in enumerate(zip(layer, counts, strict=True)):
-            place = torch.tensor([[number], [image]]).expand(2, len(queries))
-            pairs.append(torch.cat([place, queries[None], targets[None] + before]))
+            index = torch.tensor([[number], [image]]).expand(2, len(queries))
+            pairs.append(torch.cat([index, queries[None], targets[None] + before]))
             before += count
         layers.append(torch.cat(pairs, dim=1))
     return torch.stack(layers, dim=1)
@@ -179,8 +179,8 @@ def _mean_over_processes(count: int, device: torch.device) -> Tensor:
     return mean.clamp(min=1)
 
 
-def _tidy(targets: Sequence[Target], index: int, device: torch.device) -> dict[str, Any]:
-    """A target on `device` with labels int64 [N] and boxes float32 [N, 4], whatever shape "nothing" came in."""
+def _to_device(targets: Sequence[Target], index: int, device: torch.device) -> dict[str, Any]:
+    """Return a target on `device` with labels int64 [N] and boxes float32 [N, 4]; N is 0 for empties of any shape."""
     labels, boxes = targets[index]["labels"], targets[index]["boxes"]
     if not labels.numel() and not boxes.numel():
         labels, boxes = labels.new_zeros(0, dtype=torch.int64), boxes.new_zeros(0, 4)
@@ -197,7 +197,7 @@ def _tidy(targets: Sequence[Target], index: int, device: torch.device) -> dict[s
 
 
 def _check_values(predictions: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], num_classes: int) -> None:
-    # One wait for the device where all is well; only a fault pays for being found.
+    # One wait for the device where all values are valid; only an invalid one costs more.
     flags = [tensor.isfinite().all() for pair in predictions for tensor in pair]
     flags.append(_are_classes(torch.cat([target["labels"] for target in targets]), num_classes).all())
     flags.append(_are_normalised(torch.cat([target["boxes"] for target in targets])).all())
@@ -206,7 +206,7 @@ def _check_values(predictions: Sequence[tuple[Tensor, Tensor]], targets: Sequenc
     for logits, boxes in predictions:
         for name, tensor in (("pred_logits", logits), ("pred_boxes", boxes)):
             finite = tensor.isfinite().flatten(2).all(2).all(0).tolist()
-            images = ", ".join(image_name(targets, index) for index, fine in enumerate(finite) if not fine)
+            images = ", ".join(image_name(targets, index) for index, is_finite in enumerate(finite) if not is_finite)
             if images:
                 raise NumericsError(f"`{name}` must be finite, got NaN or infinity for {images}")
     for index, target in enumerate(targets):
@@ -219,7 +219,8 @@ def _check_values(predictions: Sequence[tuple[Tensor, Tensor]], targets: Sequenc
         for entry in (~_are_normalised(boxes)).nonzero().flatten().tolist():
             box = boxes[entry].tolist()
             raise NumericsError(
-                f"`boxes[{entry}]` {where} must be (cx, cy, w, h) as shares of the image, got {box}; {_hint(box)}"
+                f"`boxes[{entry}]` {where} must be (cx, cy, w, h) as fractions of the image, got {box}; "
+                f"{_suggest_fix(box)}"
             )
 
 
@@ -233,9 +234,9 @@ def _are_normalised(boxes: Tensor) -> Tensor:
     return (inside & (size >= 0)).all(-1)
 
 
-def _hint(box: Sequence[float]) -> str:
+def _suggest_fix(box: Sequence[float]) -> str:
     if max(box) > 1 + 2 * BORDER:
-        return "they look like pixels: divide by the image's width and height"
+        return "they seem to be pixels: divide by the image's width and height"
     if min(box[2:]) < 0:
         return "width and height must not be negative"
     return "it reaches over the border: if it is (x1, y1, x2, y2), convert it, otherwise clip it to the image"

@@ -26,7 +26,7 @@ PRIOR_PROBABILITY = 0.01
 
 
 class DeformableDETR(nn.Module):
-    """Images in; for each of Q queries a logit per class and a box out.
+    """Deformable DETR: images in; for each of Q queries a logit per class and a box out.
 
     Where the backbone pads exactly, so does the detector: an image gives the same predictions alone and in any batch.
 
@@ -34,7 +34,7 @@ class DeformableDETR(nn.Module):
         backbone: gives features and positions; all its levels are read.
         transformer: built for the same levels and stages.
         num_classes: K; a logit each for a sigmoid, none for "no object".
-        num_queries: Q, the most objects found in one image.
+        num_queries: Q, the most objects detected in one image.
         num_feature_levels: levels that the transformer reads; those that the backbone lacks are made by convolutions of
             stride 2, the first from the backbone's coarsest level, each other from the one before.
         aux_loss: also give the predictions of every decoder layer but the last.
@@ -102,15 +102,15 @@ class DeformableDETR(nn.Module):
                 self.bbox_embed[0].get_parameter("layers.2.bias")[2:] = -2.0
 
     def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
-        """Predictions for every query.
+        """Return predictions for every query.
 
         Args:
             images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
 
         Returns:
-            `pred_logits` [B, Q, K]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as shares of the image without its padding;
-            with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first; if two-stage also
-            `enc_outputs`, such a dict for the proposals of all cells.
+            `pred_logits` [B, Q, K]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as fractions of the image without its
+            padding; with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first; if two-stage
+            also `enc_outputs`, such a dict for the proposals of all cells.
 
         Raises:
             ValueError: an image has no valid cell, or fewer cells than there are proposals.
@@ -139,7 +139,7 @@ class DeformableDETR(nn.Module):
         return outputs
 
     def _levels(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """Every level at the transformer's width, and its positions."""
+        """Return every level at the transformer's width, and its positions."""
         if not torch.compiler.is_compiling():
             _ = images.sizes  # refuses an image that is padding only, and padding above or left of an image
         features, positions = self.backbone(images)
@@ -160,15 +160,15 @@ class ValidGroupNorm(nn.GroupNorm):
     """GroupNorm that can leave padding out of its statistics."""
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Normalised [B, C, h, w]; with `valid` [B, h, w] only those cells count, and all others become zeros."""
+        """Return x normalised [B, C, h, w]; with `valid` [B, h, w] only those cells count, and others become zeros."""
         if valid is None:
             # F.group_norm would refuse one cell with one channel per group, but only where it is alone in its batch.
             return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         grouped = at_least_float32(x).view(x.shape[0], self.num_groups, -1, *x.shape[2:])
-        share = valid / (valid.sum(dim=(1, 2), keepdim=True) * grouped.shape[2])
-        share = share[:, None, None]
-        centred = grouped - (grouped * share).sum(dim=(2, 3, 4), keepdim=True)
-        variance = (centred.square() * share).sum(dim=(2, 3, 4), keepdim=True)
+        weight = valid / (valid.sum(dim=(1, 2), keepdim=True) * grouped.shape[2])
+        weight = weight[:, None, None]
+        centred = grouped - (grouped * weight).sum(dim=(2, 3, 4), keepdim=True)
+        variance = (centred.square() * weight).sum(dim=(2, 3, 4), keepdim=True)
         normed = (centred * (variance + self.eps).rsqrt()).view_as(x)
         normed = normed * self.weight[:, None, None] + self.bias[:, None, None]
         return normed.masked_fill(~valid[:, None], 0).to(self.weight.dtype)
@@ -182,7 +182,7 @@ def _projection(in_channels: int, out_channels: int, *, kernel_size: int = 1, st
 
 
 def _heads(head: nn.Module, count: int, *, shared: bool) -> nn.ModuleList:
-    """A head for each use: the same one every time, or copies that train apart."""
+    """Return a head for each use: one shared module, or independent copies."""
     return nn.ModuleList(head if shared else copy.deepcopy(head) for _ in range(count))
 
 

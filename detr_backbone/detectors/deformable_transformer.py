@@ -1,7 +1,7 @@
 """The encoder and decoder of Deformable DETR: deformable attention among the cells of all levels, and to them.
 
-Every query carries a reference point or box, as a share of its image without padding; attention looks around it, and
-box refinement moves it from layer to layer.
+Every query carries a reference point or box, as fractions of its image without padding; attention samples around it,
+and box refinement moves it from layer to layer.
 
 Beside the package's axis letters: S cells of all levels one after the other, L levels, N decoder layers.
 
@@ -25,7 +25,7 @@ from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor
 
 PADDED_LOGIT = -1e4
-"""Of a padded cell: below every valid one, nothing to a focal loss, and finite where it is matched all the same."""
+"""Logit of a padded cell: below every valid one, without weight in a focal loss, and finite where it is matched."""
 
 
 class DeformableTransformer(nn.Module):
@@ -37,7 +37,7 @@ class DeformableTransformer(nn.Module):
         num_encoder_layers: layers of deformable self-attention over cells.
         num_decoder_layers: N, layers of attention between queries and from queries to cells.
         dim_feedforward: hidden width of the two-layer network in every layer.
-        dropout: share of values dropped in attention between queries, in that network and before every residual sum.
+        dropout: fraction of values dropped in attention between queries, in that network and before every residual sum.
         activation: `relu` (published) or `gelu`.
         num_feature_levels: L.
         enc_n_points, dec_n_points: points that a head samples on each level.
@@ -46,7 +46,7 @@ class DeformableTransformer(nn.Module):
         sampling: how attention reads values between cells; see `MSDeformAttn`.
 
     Raises:
-        ConfigError: `nhead` does not divide `d_model`, `activation` is unknown, or `sampling` is not there.
+        ConfigError: `nhead` does not divide `d_model`, `activation` is unknown, or `sampling` is not available.
 
     >>> transformer = DeformableTransformer(d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=3,
     ...                                     num_feature_levels=2)
@@ -121,14 +121,14 @@ class DeformableTransformer(nn.Module):
         *,
         propose_padding: bool = False,
     ) -> "DecoderStates":
-        """Every query's state after each decoder layer, and the reference it looked around there.
+        """Return every query's state after each decoder layer, and the references that the layer sampled around.
 
         Args:
             levels: features [B, C, h, w] with their masks, finest first.
             positions: [B, C, h, w] of each level.
             query_embed: [Q, 2C], each query's learned position and first content; None if two-stage.
             propose_padding: let padded cells compete for the proposals, as the original code does; then an image's
-                proposals depend on who shares its batch.
+                proposals depend on the other images of its batch.
 
         Raises:
             ValueError: `query_embed` is missing, or an image has fewer cells than there are proposals.
@@ -148,8 +148,8 @@ class DeformableTransformer(nn.Module):
             references = outside_autocast(self.reference_points, query_pos).sigmoid()
         else:
             raise ValueError("`query_embed` must be [Q, 2C] where the transformer is not two-stage, got None")
-        hidden, looked_around = self.decoder(tgt, query_pos, references, memory, cells)
-        return DecoderStates(hidden, looked_around, proposals)
+        hidden, layer_references = self.decoder(tgt, query_pos, references, memory, cells)
+        return DecoderStates(hidden, layer_references, proposals)
 
     def _propose(self, memory: Tensor, cells: Cells, *, propose_padding: bool) -> "Proposals":
         class_embed, bbox_embed = self.decoder.class_embed, self.decoder.bbox_embed
@@ -165,8 +165,8 @@ class DeformableTransformer(nn.Module):
         return Proposals(logits, boxes.masked_fill(~usable, 1))
 
     def _queries(self, proposals: "Proposals", dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [B, Q, 4], positions [B, Q, C] and first contents [B, Q, C] of the proposals of the highest score."""
-        # Trained on proposals whose labels are all 0, the first logit says how much of an object there is.
+        """Return boxes [B, Q, 4], positions [B, Q, C] and contents [B, Q, C] of the proposals of the highest score."""
+        # Trained on proposals whose labels are all 0, the first logit is the score of any object.
         best = proposals.logits[..., 0].topk(self.two_stage_num_proposals, dim=1).indices
         references = proposals.boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         encoded = box_encoding(references, self.d_model // 2).to(dtype)
@@ -187,19 +187,19 @@ class DeformableTransformer(nn.Module):
 
 
 class Proposals(NamedTuple):
-    """What every cell proposes in the first stage: `logits` [B, S, K] and `boxes` [B, S, 4], cxcywh."""
+    """Class and box that every cell proposes in the first stage: `logits` [B, S, K] and `boxes` [B, S, 4], cxcywh."""
 
     logits: Tensor
     boxes: Tensor
 
 
 class DecoderStates(NamedTuple):
-    """What the decoder gives; `hidden` and `references` hold one entry per layer, first layer first."""
+    """Outputs of the decoder; `hidden` and `references` hold one entry per layer, first layer first."""
 
     hidden: list[Tensor]
     """The queries [B, Q, C] after the layer."""
     references: list[Tensor]
-    """The points [B, Q, 2] or boxes [B, Q, 4] that it looked around, as shares of the image without its padding."""
+    """The points [B, Q, 2] or boxes [B, Q, 4] it sampled around, as fractions of the image without its padding."""
     proposals: Proposals | None
 
 
@@ -211,7 +211,7 @@ class DeformableTransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, src: Tensor, pos: Tensor, cells: Cells) -> Tensor:
-        """Cells [B, S, C] with knowledge of each other."""
+        """Return encoded cells [B, S, C]."""
         references = cells.on_levels(cells.centres)
         for layer in self.layers:
             src = layer(src, pos, references, cells)
@@ -235,15 +235,15 @@ class DeformableTransformerDecoder(nn.Module):
     def forward(
         self, tgt: Tensor, query_pos: Tensor, references: Tensor, memory: Tensor, cells: Cells
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The queries' states [B, Q, C] after each layer, and the references that the layer looked around."""
-        hidden, looked_around = [], []
+        """Return the queries' states [B, Q, C] after each layer, and the references that the layer sampled around."""
+        hidden, layer_references = [], []
         for index, layer in enumerate(self.layers):
             tgt = layer(tgt, query_pos, cells.on_levels(references), memory, cells)
             hidden.append(tgt)
-            looked_around.append(references)
+            layer_references.append(references)
             if self.bbox_embed is not None:
                 references = refine(references, outside_autocast(self.bbox_embed[index], tgt)).detach()
-        return hidden, looked_around
+        return hidden, layer_references
 
 
 class DeformableTransformerEncoderLayer(nn.Module):
@@ -261,12 +261,11 @@ class DeformableTransformerEncoderLayer(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, src: Tensor, pos: Tensor, references: Tensor, cells: Cells) -> Tensor:
-        """Cells [B, S, C] after this layer; `references` [B, S, L, 2] are their centres on every padded level."""
-        seen = self.self_attn(src + pos, references, src, cells.spatial_shapes, cells.mask)
-        src = self.norm1(src + self.dropout(seen))
-        thought = self.linear2(self.dropout(self.activation(self.linear1(src))))
-        out: Tensor = self.norm2(src + self.dropout(thought))
-        return out
+        """Return cells [B, S, C] after this layer; `references` [B, S, L, 2] are their centres on each padded level."""
+        attended = self.self_attn(src + pos, references, src, cells.spatial_shapes, cells.mask)
+        src = self.norm1(src + self.dropout(attended))
+        ffn_out = self.linear2(self.dropout(self.activation(self.linear1(src))))
+        return self.norm2(src + self.dropout(ffn_out))
 
 
 class DeformableTransformerDecoderLayer(nn.Module):
@@ -288,14 +287,13 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, tgt: Tensor, query_pos: Tensor, references: Tensor, memory: Tensor, cells: Cells) -> Tensor:
-        """Query states [B, Q, C] after this layer; `references` [B, Q, L, 2 or 4] lie on the padded levels."""
+        """Return query states [B, Q, C] after this layer; `references` [B, Q, L, 2 or 4] lie on the padded levels."""
         query = tgt + query_pos
         tgt = self.norm2(tgt + self.dropout(attend(self.self_attn, query, query, tgt)))
-        seen = self.cross_attn(tgt + query_pos, references, memory, cells.spatial_shapes, cells.mask)
-        tgt = self.norm1(tgt + self.dropout(seen))
-        thought = self.linear2(self.dropout(self.activation(self.linear1(tgt))))
-        out: Tensor = self.norm3(tgt + self.dropout(thought))
-        return out
+        attended = self.cross_attn(tgt + query_pos, references, memory, cells.spatial_shapes, cells.mask)
+        tgt = self.norm1(tgt + self.dropout(attended))
+        ffn_out = self.linear2(self.dropout(self.activation(self.linear1(tgt))))
+        return self.norm3(tgt + self.dropout(ffn_out))
 
 
 def _in_sequence(maps: Sequence[Tensor]) -> Tensor:

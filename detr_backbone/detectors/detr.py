@@ -1,4 +1,4 @@
-"""DETR: a backbone, a transformer over its coarsest feature map, and two heads that read a box from every query.
+"""DETR: a backbone, a transformer over its coarsest feature map, and heads for the class and the box of every query.
 
 Source: "End-to-End Object Detection with Transformers" (https://arxiv.org/abs/2005.12872), section 3.2.
 """
@@ -23,7 +23,7 @@ class DETR(nn.Module):
         backbone: gives features and positions; only the coarsest level is read.
         transformer: built with `return_intermediate_dec=True` where `aux_loss` is wanted.
         num_classes: K; the class head has one logit more, the last, for "no object".
-        num_queries: Q, the most objects found in one image.
+        num_queries: Q, the most objects detected in one image.
         aux_loss: also give the predictions of every decoder layer but the last.
 
     Raises:
@@ -54,13 +54,13 @@ class DETR(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
-        """Predictions for every query.
+        """Return predictions for every query.
 
         Args:
             images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
 
         Returns:
-            `pred_logits` [B, Q, K + 1]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as shares of the image without its
+            `pred_logits` [B, Q, K + 1]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as fractions of the image without its
             padding; with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first.
         """
         features, positions = self.backbone(as_nested_tensor(images))
@@ -85,9 +85,8 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """From [..., input_dim] to [..., output_dim]."""
+        """Map [..., input_dim] to [..., output_dim]."""
         *hidden, last = self.layers
         for layer in hidden:
             x = F.relu(layer(x))
-        out: Tensor = last(x)
-        return out
+        return last(x)

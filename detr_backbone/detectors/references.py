@@ -1,6 +1,6 @@
-"""Where the queries of a deformable transformer stand: the cells' centres, and the points and boxes it looks around.
+"""Reference points and boxes of a deformable transformer: centres of cells, anchors, and boxes refined by layers.
 
-All are (x, y) or (cx, cy, w, h) as shares of the image without its padding, so that they do not depend on the padding.
+All are (x, y) or (cx, cy, w, h) as fractions of the image without its padding, which they therefore do not depend on.
 """
 
 import math
@@ -19,12 +19,12 @@ BASE_SCALE = 0.05
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of all levels in sequence: where they are padding, and where they stand in their image."""
+    """The cells of all levels in sequence: their padding mask and their centres in the image."""
 
     spatial_shapes: list[Size]
     mask: Tensor | None  # [B, S], True on padding; None where nothing is padded
-    centres: Tensor  # [B, S, 2], (x, y) as a share of the image without its padding
-    valid_ratios: Tensor  # [B, L, 2], the image's share (x, y) of the padded level
+    centres: Tensor  # [B, S, 2], (x, y) as a fraction of the image without its padding
+    valid_ratios: Tensor  # [B, L, 2], the image's fraction (x, y) of the padded level
 
     @classmethod
     def of(cls, levels: Sequence[NestedTensor]) -> "Cells":
@@ -51,23 +51,23 @@ class Cells:
         )
 
     def on_levels(self, references: Tensor) -> Tensor:
-        """References [B, Q, 2 or 4] as shares of each padded level, [B, Q, L, 2 or 4]."""
+        """Return references [B, Q, 2 or 4] as fractions of each padded level, [B, Q, L, 2 or 4]."""
         return references[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, references.shape[-1] // 2)
 
     def anchors(self) -> Tensor:
-        """Boxes cxcywh [B, S, 4] around the cells' centres, from which two-stage proposals start."""
+        """Return boxes cxcywh [B, S, 4] around the cells' centres, from which two-stage proposals start."""
         levels = torch.split(self.centres, [h * w for h, w in self.spatial_shapes], dim=1)
         return torch.cat([F.pad(level, (0, 2), value=BASE_SCALE * 2**i) for i, level in enumerate(levels)], dim=1)
 
 
 def refine(references: Tensor, change: Tensor) -> Tensor:
-    """Boxes cxcywh from points [..., 2] or boxes [..., 4], changed in logit space by what a box head [..., 4] says."""
+    """Return boxes cxcywh: points [..., 2] or boxes [..., 4] plus the output of a box head [..., 4] in logit space."""
     start = references.logit(eps=1e-5)
     return (F.pad(start, (0, 4 - start.shape[-1])) + change).sigmoid()
 
 
 def box_encoding(boxes: Tensor, num_pos_feats: int) -> Tensor:
-    """Sines and cosines of (cx, cy, w, h) [B, Q, 4] as of a cell's position, [B, Q, 4P]."""
+    """Return the sine encoding of (cx, cy, w, h) [B, Q, 4], P channels for each, [B, Q, 4P]."""
     pair = torch.arange(num_pos_feats // 2, device=boxes.device)
     angle = boxes[..., None] * 2 * math.pi / 10000 ** (2 * pair / num_pos_feats)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(2)
