@@ -15,7 +15,7 @@ def test_attention_spelled_out_while_exporting_is_torchs_own(monkeypatch, masks,
     query, key, value = (torch.randn(2, n, 8, generator=g) for n in (3, 5, 5))
     every = {
         "padding": torch.tensor([[False] * 5, [False] * 3 + [True] * 2]),
-        "mask": torch.eye(3, 5, dtype=torch.bool),
+        "mask": torch.eye(3, 5, dtype=torch.bool).expand(2, -1, -1),
     }
     given = {name: every[name] for name in masks}
 

@@ -80,7 +80,7 @@ def test_detr_matches_and_scores_by_softmax_with_a_class_for_no_object() -> None
     criterion = build_criterion(config)
 
     assert not criterion.matcher.focal
-    assert criterion.focal_alpha is None
+    assert criterion.label_loss == "cross_entropy"
     torch.testing.assert_close(criterion.class_weight, torch.tensor([1, 1, 1, 0.3]))
     assert build_postprocess(config).score == "softmax"
 
@@ -90,7 +90,7 @@ def test_deformable_detr_matches_and_scores_by_sigmoid() -> None:
     criterion, postprocess = build_criterion(config), build_postprocess(config)
 
     assert criterion.matcher.focal
-    assert criterion.focal_alpha == 0.5
+    assert (criterion.label_loss, criterion.focal_alpha) == ("focal", 0.5)
     assert (postprocess.score, postprocess.num_select) == ("sigmoid", 7)
 
 

@@ -15,12 +15,13 @@ from detr_backbone.detectors.matcher import HungarianMatcher
 from detr_backbone.errors import NumericsError
 
 K, Q = 3, 6
+LABEL_LOSSES = ("cross_entropy", "focal", "mal")
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 
 
-def criterion(*, focal_alpha=None, weight_dict=WEIGHTS, eos_coef=0.1):
-    matcher = HungarianMatcher(1, 5, 2, focal=focal_alpha is not None)
-    return SetCriterion(K, matcher, weight_dict, eos_coef=eos_coef, focal_alpha=focal_alpha)
+def criterion(*, label_loss="cross_entropy", weight_dict=WEIGHTS, **options):
+    matcher = HungarianMatcher(1, 5, 2, focal=label_loss != "cross_entropy")
+    return SetCriterion(K, matcher, weight_dict, label_loss=label_loss, **options)
 
 
 def drawn(*, counts=(2, 1), classes=K + 1, seed=0):
@@ -75,7 +76,7 @@ def test_label_loss_is_the_weighted_mean_of_log_probabilities() -> None:
 def test_focal_loss_is_a_sum_over_queries_and_classes_divided_by_the_number_of_targets() -> None:
     outputs, targets = drawn(counts=(2, 1), classes=K)
 
-    losses = criterion(focal_alpha=0.25)(outputs, targets)
+    losses = criterion(label_loss="focal")(outputs, targets)
 
     there = {
         (image, query, int(targets[image]["labels"][n])) for image, query, n in matched(outputs, targets, focal=True)
@@ -125,10 +126,10 @@ def test_proposals_are_compared_with_targets_whose_labels_are_all_0() -> None:
     proposals, _ = drawn(counts=(2, 2), classes=K, seed=4)
     proposals = {name: value.repeat(1, 2, 1) for name, value in proposals.items()}  # more of them than queries
 
-    losses = criterion(focal_alpha=0.25)({**outputs, "enc_outputs": proposals}, targets)
+    losses = criterion(label_loss="focal")({**outputs, "enc_outputs": proposals}, targets)
 
     classless = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-    alone = criterion(focal_alpha=0.25)(proposals, classless)
+    alone = criterion(label_loss="focal")(proposals, classless)
     del alone["class_error"]
     torch.testing.assert_close(
         {name: value for name, value in losses.items() if name.endswith("_enc")},
@@ -136,14 +137,14 @@ def test_proposals_are_compared_with_targets_whose_labels_are_all_0() -> None:
     )
 
 
-@pytest.mark.parametrize("focal_alpha", [None, 0.25])
-def test_a_batch_without_targets_trains_only_the_label_loss(focal_alpha: float | None) -> None:
-    outputs, _ = drawn(classes=K + (focal_alpha is None))
+@pytest.mark.parametrize("label_loss", LABEL_LOSSES)
+def test_a_batch_without_targets_trains_only_the_label_loss(label_loss: str) -> None:
+    outputs, _ = drawn(classes=K + (label_loss == "cross_entropy"))
     for value in outputs.values():
         value.requires_grad_()
     nothing = {"labels": torch.tensor([]), "boxes": torch.tensor([])}
 
-    loss = criterion(focal_alpha=focal_alpha)
+    loss = criterion(label_loss=label_loss)
     losses = loss(outputs, [nothing, nothing])
     loss.weighted_sum(losses).backward()
 
@@ -204,7 +205,7 @@ def test_proposals_that_are_not_numbers_are_found() -> None:
     proposals["pred_boxes"][0, 0] = torch.inf
 
     with pytest.raises(NumericsError, match=r"`pred_boxes` must be finite, .* for image_id 70$"):
-        criterion(focal_alpha=0.25)({**outputs, "enc_outputs": proposals}, targets)
+        criterion(label_loss="focal")({**outputs, "enc_outputs": proposals}, targets)
 
 
 @pytest.mark.parametrize("label", [-1, K, K + 1])
@@ -319,14 +320,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("focal_alpha", [None, 0.25], ids=["softmax", "focal"])
-def test_more_decoder_layers_wait_for_the_device_no_more_often(focal_alpha: float | None) -> None:
+@pytest.mark.parametrize("label_loss", LABEL_LOSSES)
+def test_more_decoder_layers_wait_for_the_device_no_more_often(label_loss: str) -> None:
     waits = []
     for layers in (1, 6):
-        outputs, targets = drawn(classes=K + (focal_alpha is None))
+        outputs, targets = drawn(classes=K + (label_loss == "cross_entropy"))
         outputs["aux_outputs"] = [outputs.copy() for _ in range(layers - 1)]
         with Waits() as counted:
-            compare = criterion(focal_alpha=focal_alpha)
+            compare = criterion(label_loss=label_loss)
             compare.weighted_sum(compare(outputs, targets))
         waits.append(counted.count)
 

@@ -25,7 +25,7 @@ def attend(
         key: [B, S, C].
         value: [B, S, C].
         padding: bool [B, S], True on keys that no query attends to.
-        mask: bool [Q, S], True where a query does not attend to a key.
+        mask: bool [B, Q, S], True where a query does not attend to a key.
 
     >>> attention, tokens = nn.MultiheadAttention(8, num_heads=2, batch_first=True), torch.zeros(1, 5, 8)
     >>> attend(attention, tokens[:, :3], tokens, tokens).shape
@@ -33,7 +33,8 @@ def attend(
     """
     if not torch.compiler.is_exporting():
         # Without weights torch takes its fused kernel. A forward pre-hook with kwargs can ask for them all the same.
-        return attention(query, key, value, key_padding_mask=padding, need_weights=False, attn_mask=mask)[0]
+        of_heads = None if mask is None else mask.repeat_interleave(attention.num_heads, dim=0)
+        return attention(query, key, value, key_padding_mask=padding, need_weights=False, attn_mask=of_heads)[0]
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     q, k, v = (
         F.linear(x, weight, bias).view(*x.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
@@ -41,7 +42,7 @@ def attend(
     )
     allowed = None if padding is None else ~padding[:, None, None]
     if mask is not None:
-        allowed = ~mask if allowed is None else allowed & ~mask
+        allowed = ~mask[:, None] if allowed is None else allowed & ~mask[:, None]
     dropout = attention.dropout if attention.training else 0.0
     heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
     return attention.out_proj(heads.transpose(1, 2).flatten(2))

@@ -4,13 +4,12 @@ Source: "End-to-End Object Detection with Transformers" (https://arxiv.org/abs/2
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.backbone import Joiner
+from detr_backbone.detectors.mlp import MLP
 from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.transformer import Transformer
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
@@ -74,19 +73,3 @@ class DETR(nn.Module):
             earlier = zip(logits[:-1], boxes[:-1], strict=True)
             outputs["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
         return outputs
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them; with `num_layers=1` a single linear layer."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
-        super().__init__()
-        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., input_dim] to [..., output_dim]."""
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = F.relu(layer(x))
-        return last(x)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detr_backbone.detectors.iou import generalized_iou
 from detr_backbone.errors import NumericsError
 
 Target: TypeAlias = Mapping[str, Any]
@@ -111,28 +112,6 @@ class HungarianMatcher(nn.Module):
         """Return the weights and the kind of class cost, for `repr`."""
         costs = f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
         return f"{costs}, focal={self.focal}"
-
-
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the generalised IoU of boxes [..., 4] with boxes [..., 4], both cxcywh, pair by pair under broadcasting.
-
-    torchvision's `generalized_box_iou` compares every box of a list with every other, and `generalized_box_iou_loss`
-    waits for the device. Two boxes without area that coincide have 0 here, not NaN.
-
-    Source: https://arxiv.org/abs/1902.09630, algorithm 1.
-
-    >>> generalized_iou(torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([[0.25, 0.25, 0.5, 0.5], [1.5, 0.5, 1, 1]]))
-    tensor([0.2500, 0.0000])
-    """
-    from torchvision.ops import box_convert
-
-    boxes, others = box_convert(boxes, "cxcywh", "xyxy"), box_convert(others, "cxcywh", "xyxy")
-    (low, high), (other_low, other_high) = boxes.chunk(2, dim=-1), others.chunk(2, dim=-1)
-    shared = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(-1)
-    hull = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(-1)
-    union = (high - low).prod(-1) + (other_high - other_low).prod(-1) - shared
-    tiny = torch.finfo(union.dtype).tiny
-    return shared / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def image_name(targets: Sequence[Target], index: int) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from detr_backbone.nested_tensor import NestedTensor, Size
 
-BASE_SCALE = 0.05
-"""Side of the box that a cell of the finest level proposes before training; it doubles from level to level."""
+ANCHOR_SIZE = 0.05
+"""Side of the anchors of the finest level, as a fraction of the image, in Deformable DETR's published code."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ class Cells:
         """Return references [B, Q, 2 or 4] as fractions of each padded level, [B, Q, L, 2 or 4]."""
         return references[:, :, None] * self.valid_ratios[:, None].repeat(1, 1, 1, references.shape[-1] // 2)
 
-    def anchors(self) -> Tensor:
-        """Return boxes cxcywh [B, S, 4] around the cells' centres, from which two-stage proposals start."""
+    def anchors(self, size: float = ANCHOR_SIZE) -> Tensor:
+        """Return boxes cxcywh [B, S, 4] around the cells' centres, from which two-stage proposals start.
+
+        Their sides are `size` on the finest level, as a fraction of the image, and double from level to level.
+        """
         levels = torch.split(self.centres, [h * w for h, w in self.spatial_shapes], dim=1)
-        return torch.cat([F.pad(level, (0, 2), value=BASE_SCALE * 2**i) for i, level in enumerate(levels)], dim=1)
+        return torch.cat([F.pad(level, (0, 2), value=size * 2**i) for i, level in enumerate(levels)], dim=1)
 
 
 def refine(references: Tensor, change: Tensor) -> Tensor:
