@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from detr_backbone.detectors.criterion import SetCriterion
 from detr_backbone.detectors.matcher import HungarianMatcher
@@ -135,6 +135,38 @@ def test_proposals_are_compared_with_targets_whose_labels_are_all_0() -> None:
         {name: value for name, value in losses.items() if name.endswith("_enc")},
         {f"{name}_enc": value for name, value in alone.items()},
     )
+
+
+def test_proposals_with_classes_are_compared_with_the_labels_of_the_targets() -> None:
+    outputs, targets = drawn(classes=K)
+    proposals, _ = drawn(classes=K, seed=1)
+
+    losses = criterion(label_loss="mal", classless_proposals=False)({**outputs, "enc_outputs": proposals}, targets)
+
+    alone = criterion(label_loss="mal")(proposals, targets)
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        torch.testing.assert_close(losses[f"{name}_enc"], alone[name])
+
+
+def test_the_matchability_aware_loss_takes_the_iou_of_matched_pairs() -> None:
+    outputs, targets = drawn(counts=(2, 1), classes=K)
+
+    loss = criterion(label_loss="mal")(outputs, targets)["loss_ce"]
+
+    p, expected = outputs["pred_logits"].double().sigmoid(), 0.0
+    pairs = {(image, query): n for image, query, n in matched(outputs, targets, focal=True)}
+    for image in range(2):
+        for query in range(Q):
+            n = pairs.get((image, query))
+            for label in range(K):
+                score = float(p[image, query, label])
+                if n is not None and label == int(targets[image]["labels"][n]):
+                    box, target = outputs["pred_boxes"][image, query], targets[image]["boxes"][n]
+                    q = float(box_iou(*(box_convert(b[None], "cxcywh", "xyxy") for b in (box, target)))) ** 1.5
+                    expected += -q * math.log(score) - (1 - q) * math.log(1 - score)
+                else:
+                    expected += -(score**1.5) * math.log(1 - score)
+    assert loss.item() == pytest.approx(expected / 3)
 
 
 @pytest.mark.parametrize("label_loss", LABEL_LOSSES)

@@ -136,8 +136,9 @@ class ContrastiveDenoising(nn.Module):
         distance = (torch.rand(boxes.shape) + negative) * self.box_noise_scale
         direction = torch.randint(2, boxes.shape) * 2 - 1
         corners = (box_convert(boxes, "cxcywh", "xyxy") + direction * distance * half_sides).clamp(0, 1)
-        first, second = corners.chunk(2, dim=-1)
-        low, high = torch.minimum(first, second), torch.maximum(first, second)  # a negative one may turn inside out
+        low, high = corners.chunk(2, dim=-1)
+        # Corners that pass each other leave the least box: exchanged, they could make a negative query's that of its
+        # target.
         return torch.cat([(low + high) / 2, (high - low).clamp(min=SMALLEST_SIDE)], dim=-1)
 
 
