@@ -63,7 +63,7 @@ def test_the_losses_of_every_detector_reach_every_weight_that_trains(config: Det
     torch.manual_seed(0)
     model, criterion = build_detector(config), build_criterion(config)
 
-    losses = criterion(model(images(), TARGETS) if config.dn_number else model(images()), TARGETS)
+    losses = criterion(model(images(), TARGETS), TARGETS)
     criterion.weighted_sum(losses).backward()
 
     assert set(criterion.weight_dict) == {name for name in losses if name.startswith("loss_")}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from detr_backbone.backbone import Joiner
+from detr_backbone.detectors.matcher import Target
 from detr_backbone.detectors.mlp import MLP
 from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.transformer import Transformer
@@ -52,11 +53,14 @@ class DETR(nn.Module):
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
         self.backbone = backbone
 
-    def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
+    def forward(
+        self, images: NestedTensor | Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Any]:
         """Return predictions for every query.
 
         Args:
             images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
+            targets: not read; every detector takes them, so that one training loop serves all.
 
         Returns:
             `pred_logits` [B, Q, K + 1]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as fractions of the image without its
