@@ -67,6 +67,8 @@ class PositionEmbeddingSine(nn.Module):
         if batch.is_padded:
             return self._encode(batch.mask)
         height, width = batch.mask.shape[1:]
+        if torch.compiler.is_compiling():
+            return self._encode(batch.mask.new_zeros(1, height, width)).expand(batch.mask.shape[0], -1, -1, -1)
         geometry = (height, width, batch.mask.device)
         if geometry not in self._unpadded:
             if len(self._unpadded) >= _GEOMETRIES:

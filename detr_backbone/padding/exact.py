@@ -50,6 +50,8 @@ def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding
     if padding == "zeros":
         mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
         return NestedTensor(tensors, mask)
+    if torch.compiler.is_compiling() and not images.is_padded:
+        return NestedTensor(tensors, None)
     mask, sizes = images.at_stride(stride)
     level = NestedTensor(tensors, mask, sizes=sizes)
     if level.is_padded:

@@ -90,7 +90,7 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
         means, lr = Means(), float(schedule.get_last_lr()[0])
         prepared.train()
         for images, targets in log.steps(loader, means, f"epoch {epoch}/{config.optimizer.epochs}"):
-            losses = criterion(prepared(images.to(accelerator.device, non_blocking=True)), targets)
+            losses = criterion(prepared(images.to(accelerator.device, non_blocking=True), targets), targets)
             losses["loss"] = criterion.weighted_sum(losses)
             accelerator.backward(losses["loss"])
             clip_gradient(model, config.optimizer.clip_max_norm)
