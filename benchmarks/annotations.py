@@ -1,4 +1,4 @@
-"""How long a file of the size of COCO takes: python benchmarks/annotations.py --output /tmp/index.json."""
+"""Time and memory of loading a file of the size of COCO: python benchmarks/annotations.py --output /tmp/index.json."""
 
 import json
 import resource
@@ -13,7 +13,7 @@ from detr_backbone.training import parse_options, plain_errors
 
 
 class Boxes(Dataset[float]):
-    """What a detection dataset reads of its annotations for one image, without the picture."""
+    """The annotations of each image as a detection dataset reads them, without the image file."""
 
     def __init__(self, annotations: CocoAnnotations) -> None:
         self.annotations = annotations
@@ -30,7 +30,7 @@ class Boxes(Dataset[float]):
 def main(
     *, output: str, images: int = 117_266, annotations: int = 860_001, segmentations: bool = False, workers: int = 0
 ) -> None:
-    """Load an annotation file of the size of COCO's instances_train2017, which is written where it is missing.
+    """Load an annotation file of the size of COCO's instances_train2017, which is written if missing.
 
     Args:
         output: the annotation file.
@@ -53,7 +53,7 @@ def main(
 
 
 def unique_memory(annotations: CocoAnnotations, workers: int) -> int:
-    """Bytes of this process and its workers after two epochs, a shared page counted once (PSS)."""
+    """Return bytes of this process and its workers after two epochs, a shared page counted once (PSS)."""
     loader = DataLoader(Boxes(annotations), batch_size=256, num_workers=workers, persistent_workers=True, shuffle=True)
     for _ in range(2):
         for _ in loader:
@@ -69,7 +69,7 @@ def _proportional(pid: str) -> int:
 
 
 def write(path: Path, images: int, annotations: int) -> None:
-    """A file with the keys, digits and outline lengths of COCO's instances; what is in it is random."""
+    """Write a file with the keys, digits and outline lengths of COCO's instances, and random values."""
     rng = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         file.write('{"info": {"description": "random numbers in the form of COCO 2017"},"licenses": [],"images": [')

@@ -26,6 +26,8 @@ from detr_backbone.position_encoding import (
     build_position_encoding,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Backbone",
     "BackboneBase",
@@ -39,6 +41,7 @@ __all__ = [
     "PositionEmbeddingLearned",
     "PositionEmbeddingSine",
     "PositionEncodingConfig",
+    "__version__",
     "build_backbone",
     "build_position_encoding",
     "calibrate_frozen_batch_norm",

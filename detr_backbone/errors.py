@@ -49,7 +49,7 @@ class DistributedError(DetrBackboneError):
 
 
 def unknown_name(name: str, known: Iterable[str], *, also: Iterable[str] = ()) -> str:
-    """What to tell a user who asked for a name that does not exist: what exists, and the nearest match.
+    """Return what to tell a user who asked for a name that does not exist: what exists, and the nearest match.
 
     Args:
         name: what was asked for.

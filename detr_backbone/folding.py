@@ -39,10 +39,10 @@ class FoldedConv2d(nn.Conv2d):
             return norm.normalise(super().forward(input))
         weight, bias = fold(self, norm)
         dtype = _compute_dtype(input, self.weight)
-        return self._conv_forward(input, weight.to(dtype, memory_format=_memory_format(input)), bias.to(dtype))
+        return self._conv_forward(input, weight.to(dtype), bias.to(dtype))
 
     def _has_more_weights_than_outputs(self, x: Tensor) -> bool:
-        """Whether it is less work to scale what comes out than what it is computed from, one output channel each."""
+        """Return whether an output channel has fewer cells than weights: then scaling the cells is less work."""
         cells = x.numel() // (self.in_channels * self.stride[0] * self.stride[1])
         return cells < self.weight[0].numel()
 
@@ -127,7 +127,3 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else weight.dtype
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.preserve_format

@@ -54,7 +54,7 @@ def hooked(
 
 @dataclass(frozen=True)
 class Pass:
-    """What the layers of a backbone need to know of the pass that they are in.
+    """State of one pass of a backbone, read by its layers.
 
     Attributes:
         padded: the batch whose padded cells are zeroed before every window; None if nothing is padded.

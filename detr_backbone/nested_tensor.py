@@ -55,11 +55,13 @@ class NestedTensor:
         if tensors.ndim != 4:
             raise ValueError(f"`tensors` must be [B, C, H, W], got {list(tensors.shape)}")
         expected = [tensors.shape[0], *tensors.shape[-2:]]
+        has_mask = mask is not None
         if mask is None:
             if sizes is not None:
                 raise ValueError("`mask` must be given where `sizes` are, got None")
             mask = torch.zeros(expected, dtype=torch.bool, device=tensors.device)
-            sizes = [(expected[1], expected[2])] * expected[0]
+            # A list of B entries would specialise a graph to this batch size.
+            sizes = None if torch.compiler.is_compiling() else [(expected[1], expected[2])] * expected[0]
         if mask.dtype != torch.bool:
             raise TypeError(f"`mask` must be bool, True on padding, got {mask.dtype}")
         if list(mask.shape) != expected:
@@ -70,6 +72,7 @@ class NestedTensor:
             raise ValueError(f"`mask` must be on the device of `tensors`, {tensors.device}, got {mask.device}")
         self.tensors = tensors
         self.mask = mask
+        self._has_mask = has_mask
         self._sizes: tuple[Size, ...] | None = None if sizes is None else check_sizes(sizes, expected)
 
     @property
@@ -80,6 +83,7 @@ class NestedTensor:
     @mask.setter
     def mask(self, mask: Tensor) -> None:
         self._mask = mask
+        self._has_mask = True
         self._sizes = None
         self._strided: dict[int, tuple[Tensor, tuple[Size, ...] | None]] = {}
 
@@ -100,12 +104,12 @@ class NestedTensor:
 
     @property
     def is_padded(self) -> bool:
-        """Whether any image is smaller than the batch; always True while torch compiles.
+        """True if any image is smaller than the batch; while torch compiles, if a mask was given.
 
-        A compiled graph must serve every batch of its shape, so it does what padding asks for, padded or not.
+        A compiled graph must serve every batch of its shape, so it does what a mask asks for, padded or not.
         """
         if torch.compiler.is_compiling():
-            return True
+            return self._has_mask
         full = tuple(self.tensors.shape[-2:])
         return any(size != full for size in self.sizes)
 
@@ -128,7 +132,7 @@ class NestedTensor:
         return self._strided[stride]
 
     def decompose(self) -> tuple[Tensor, Tensor]:
-        """The pair (tensors, mask)."""
+        """Return the pair (tensors, mask)."""
         return self.tensors, self.mask
 
     def to(self, target: torch.device | torch.dtype | str | int, non_blocking: bool = False) -> "NestedTensor":
@@ -142,7 +146,7 @@ class NestedTensor:
         self.mask.record_stream(stream)
 
     def pin_memory(self) -> "NestedTensor":
-        """The same batch in page-locked memory; called by a DataLoader with `pin_memory=True`."""
+        """Return the batch in page-locked memory; called by a DataLoader with `pin_memory=True`."""
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), sizes=self._sizes)
 
     def __len__(self) -> int:
@@ -224,7 +228,7 @@ def valid_sizes(sizes: Sequence[Size], stride: int) -> tuple[Size, ...]:
 
 
 def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
-    """Maps [B, C, H, W] with zeros, in place, beyond each one's own (h, w).
+    """Zero maps [B, C, H, W] in place beyond each one's own (h, w), and return them.
 
     Writing only the padded cells costs next to nothing.
     """
@@ -235,7 +239,7 @@ def zero_beyond(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
 
 
 def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
-    """The batch with sides that `divisor` divides, padded at the bottom and on the right; itself where they are.
+    """Return the batch with sides that `divisor` divides, padded at the bottom and on the right; itself where they are.
 
     >>> batch = NestedTensor(torch.ones(1, 3, 33, 64), None)
     >>> pad_to_multiple(batch, 32)

@@ -57,9 +57,9 @@ class PositionEmbeddingSine(nn.Module):
         self._unpadded: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def forward(self, level: Batch | Tensor) -> Tensor:
-        """Encodings [B, 2P, h, w] in float32, rows first, of a level or its mask [B, h, w], True on padding.
+        """Return encodings [B, 2P, h, w] in float32, rows first, of a level or its mask [B, h, w], True on padding.
 
-        Levels of one geometry without padding share their encodings, which must not be written to.
+        Levels of one geometry without padding have one encoding in common, which must not be written to.
         """
         if isinstance(level, Tensor):
             return self._encode(level)
@@ -67,6 +67,8 @@ class PositionEmbeddingSine(nn.Module):
         if batch.is_padded:
             return self._encode(batch.mask)
         height, width = batch.mask.shape[1:]
+        if torch.compiler.is_compiling():
+            return self._encode(batch.mask.new_zeros(1, height, width)).expand(batch.mask.shape[0], -1, -1, -1)
         geometry = (height, width, batch.mask.device)
         if geometry not in self._unpadded:
             if len(self._unpadded) >= _GEOMETRIES:
@@ -123,7 +125,7 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, level: Batch | Tensor) -> Tensor:
-        """Encodings [B, 2P, h, w], columns first, of a level or its mask [B, h, w], True on padding."""
+        """Return encodings [B, 2P, h, w], columns first, of a level or its mask [B, h, w], True on padding."""
         if isinstance(level, Tensor):
             level = NestedTensor(level.new_zeros(level.shape[0], 1, *level.shape[1:]), level)
         batch = as_nested_tensor(level)
@@ -151,7 +153,7 @@ def _positions(table: Tensor, valid: int, length: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionEncodingConfig:
-    """How positions are encoded.
+    """Configuration of a position encoding.
 
     Args:
         type: "sine" has no parameters; "learned" has 50 per axis and channel.
@@ -167,7 +169,7 @@ class PositionEncodingConfig:
 def build_position_encoding(
     config: PositionEncodingConfig, hidden_dim: int
 ) -> PositionEmbeddingSine | PositionEmbeddingLearned:
-    """The encoding with `hidden_dim` channels that `config` asks for, sines normalised as in every published detector.
+    """Return the encoding with `hidden_dim` channels of a configuration, sines normalised as in published detectors.
 
     Raises:
         ConfigError: `hidden_dim` does not split into two axes, or an option does not belong to the type.

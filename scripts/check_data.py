@@ -1,4 +1,4 @@
-"""Every fault of a dataset at once: python scripts/check_data.py --images data/val --annotations data/val.json."""
+"""Check a dataset: python scripts/check_data.py --images data/val --annotations data/val.json."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from detr_backbone.coco.check import check_split, compare_splits
 from detr_backbone.coco.check_report import DataReport
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
+from detr_backbone.coco.near_misses import rename_files
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import SplitConfig, parse_config, parse_options, plain_errors
 
@@ -23,21 +24,30 @@ def main(
     segmentations: bool = False,
     decode: bool = True,
     workers: int | None = None,
+    rename: str | None = None,
 ) -> None:
     """Check a dataset in COCO format before training; the exit code is 2 where training would refuse it.
 
     Args:
-        images: the folder of the pictures.
-        annotations: the COCO file of the pictures.
+        images: the folder of the image files.
+        annotations: the COCO file of the images.
         config: instead of these two, a configuration whose splits, policies and number of queries are taken.
         output: a file for the report as JSON.
-        policies: what is done about faults that need not be refused; goes before the policies of a configuration.
+        policies: how faults are handled that need not be refused; overrides those of a configuration.
         segmentations: the masks will be used, so that their faults are errors.
-        decode: open every picture.
-        workers: processes that open pictures; as many as there are processors if left out.
+        decode: read every image file.
+        rename: a new JSON file, for a copy of --annotations in which file names that nearly match are corrected.
+        workers: processes that read image files; one per processor if left out.
     """
     if (images is None) != (annotations is None) or (images is None) == (config is None):
         raise ConfigError("give --images and --annotations, or --config")
+    if rename is not None:
+        if annotations is None:
+            raise ConfigError("--rename needs --images and --annotations")
+        renamed = rename_files(annotations, str(images), rename)
+        name, file = next(iter(renamed.items()))
+        print(f"{len(renamed)} file names corrected, such as {name!r} to {file!r}: {rename}\n")
+        annotations = rename
     splits, num_queries = {"data": SplitConfig(images=str(images), annotations=str(annotations))}, None
     if config is not None:
         settings = parse_config(["--config", config])
@@ -57,19 +67,19 @@ def main(
         for name, split in splits.items()
     ]
     if len(checked) == 2:
-        checked[1] = compare_splits(*checked)
+        checked = list(compare_splits(*checked))
     report = DataReport(splits=checked, policies=policies, segmentations=segmentations)
-    print(report.table())
     if output is not None:
         Path(output).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    print(report.table())
     if report.count("error"):
         raise SystemExit(2)
 
 
 def show_progress(done: int, total: int) -> None:
-    """Say on a terminal how many pictures were opened."""
+    """Show on a terminal how many image files were read."""
     if sys.stderr.isatty():
-        print(f"\r{done} of {total} pictures opened", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(f"\r{done} of {total} images read", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """COCO's numbers of a detector or its detections: python scripts/evaluate.py --checkpoint runs/shapes/checkpoint.pt."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import yaml
 
+from detr_backbone.coco.annotations import load_annotations
+from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
-from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import ConfigError
-from detr_backbone.evaluation.backends import Backend
-from detr_backbone.evaluation.evaluator import CocoEvaluator, CocoResult
+from detr_backbone.evaluation.evaluator import Backend, CocoEvaluator
 from detr_backbone.evaluation.intervals import resample_intervals
+from detr_backbone.evaluation.result import CocoResult, write_result
+from detr_backbone.evaluation.settings import COCO_AREAS, COCO_SETTINGS, COCO_THRESHOLDS, EvaluationSettings
 from detr_backbone.report import origin, write_report
 from detr_backbone.training import (
     SplitConfig,
@@ -44,6 +44,10 @@ def main(
     report: str | None = None,
     backend: Backend | None = None,
     intervals: int = 1000,
+    iou_thresholds: tuple[float, ...] = COCO_THRESHOLDS,
+    area_ranges: dict[str, tuple[float, float]] | None = None,
+    max_dets: tuple[int, ...] = (1, 10, 100),
+    policies: DataPolicies = DEFAULT_POLICIES,
 ) -> None:
     """Evaluate a detector, or its detections, on a dataset in COCO format.
 
@@ -51,25 +55,38 @@ def main(
         checkpoint: the trained detector; its own configuration says what it is.
         config: without a checkpoint, the configuration of a detector that is evaluated untrained.
         detections: without a detector, a COCO results file of any detector; --annotations says on what.
-        images: the folder of the pictures; the validation split of the configuration if left out.
-        annotations: the COCO file of the pictures.
-        subset: which of the images; if left out, what the configuration says, or all of --images.
+        images: the folder of the image files; the validation split of the configuration if left out.
+        annotations: the COCO file of the images.
+        subset: a selection of the images; if left out, that of the configuration, or all of --images.
         output: a folder for the numbers (results.json) and all detections (detections.json).
-        report: a folder for a page with numbers, curves, mistakes and pictures (report.html), and the same as data.
-        backend: the library that computes the numbers; that of the configuration if left out. All give the same.
-        intervals: halves of the images that are drawn for the 95 % intervals; 0 leaves them out.
+        report: a folder for a page with numbers, curves, mistakes and images (report.html), and the same as data.
+        backend: what computes the numbers, pycocotools or the package's own matching, which gives the same faster; if
+            left out, that of the configuration.
+        intervals: halves of the images to draw for the 95 % intervals; 0 leaves them out.
+        iou_thresholds: AP and recall are averaged over them, such as "[0.5]".
+        area_ranges: least and largest area of objects in square pixels by name, such as "{tiny: [0, 256]}";
+            COCO's if left out.
+        max_dets: detections per image and class that count, such as "[1, 10, 300]": recall is given for each number,
+            AP for the last one.
+        policies: with --detections, how faults of the annotations are handled that need not be refused.
     """
     if sum(given is not None for given in (checkpoint, config, detections)) != 1:
         raise ConfigError("give one of --checkpoint, --config and --detections")
+    counting = EvaluationSettings(
+        iou_thresholds=iou_thresholds, area_ranges=COCO_AREAS if area_ranges is None else area_ranges, max_dets=max_dets
+    )
     if intervals < 0 or intervals == 1:
         raise ConfigError(f"`--intervals` must be 0 or at least 2, got {intervals}")
+    if report is not None and counting != COCO_SETTINGS:
+        raise ConfigError("--report shows COCO's settings: leave out --iou_thresholds, --area_ranges and --max_dets")
     settings, device = None, None
     if detections is not None:
         if annotations is None:
             raise ConfigError("--detections need the --annotations that they were made for")
         if subset != AS_CONFIGURED:
             raise ConfigError("--subset needs a detector; of --detections, all images of the --annotations count")
-        evaluator = CocoEvaluator(annotations, backend=backend or "pycocotools")
+        truth = load_annotations(annotations, policies=policies)
+        evaluator = CocoEvaluator(truth, backend=backend or "pycocotools", settings=counting)
         evaluator.load(detections)
         result, is_main = evaluator.compute(), True
     else:
@@ -77,32 +94,21 @@ def main(
             raise ConfigError("give --images and --annotations together or not at all")
         split = None if images is None else SplitConfig(images=images, annotations=str(annotations))
         result, evaluator, settings, device, is_main = _detect(checkpoint, str(config), split, subset, backend)
+        if counting != COCO_SETTINGS:
+            evaluator = evaluator.with_settings(counting)
+            result = evaluator.compute()
         images = images or settings.data.val.images
     if not is_main:
         return
     matches = evaluator.matches()
     sure = resample_intervals(matches, resamples=intervals) if intervals else None
-    print(result.table(sure))
+    # Files first: a console that cannot show a name raises an error.
     if output is not None:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = {
-            "stats": dict(result.stats),
-            "per_class": dict(result.per_class),
-            "images": result.num_images,
-            "subset": result.part,
-            "image_ids_sha256": image_ids_sha256(evaluator.image_ids),
-        }
-        if sure is not None:
-            numbers["intervals"] = sure.to_dict()
-        (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-        (folder / "detections.json").write_text(json.dumps(evaluator.detections), encoding="utf-8")
+        write_result(output, result, detections=evaluator.detections, image_ids=evaluator.image_ids, intervals=sure)
     if report is not None:
         what = checkpoint or detections or f"{config}, untrained"
         page = write_report(
             report,
-            evaluator.annotations,
-            evaluator.collected,
             matches,
             title=f"{what} on {evaluator.annotations.source}",
             origin={"Detections of": what, **origin(evaluator.annotations, evaluator.image_ids, device=device)},
@@ -110,13 +116,15 @@ def main(
             config="" if settings is None else yaml.safe_dump(config_to_dict(settings), sort_keys=False),
             intervals=sure,
         )
+    print(result.table(sure))
+    if report is not None:
         print(f"report: {page}")
 
 
 def _detect(
     checkpoint: str | None, config: str, split: SplitConfig | None, subset: SubsetConfig, backend: Backend | None
 ) -> tuple[CocoResult, CocoEvaluator, TrainConfig, torch.device, bool]:
-    """The evaluation of a detector, its settings and device, and whether this is the process that reports it."""
+    """Return the evaluation of a detector, its configuration and device, and whether this process reports it."""
     if checkpoint is not None:
         loaded = load_checkpoint(checkpoint)
         model, settings = detector_of(loaded)

@@ -17,13 +17,13 @@ def main(
     images: str | None = None,
     pictures: Literal["link", "copy", "none"] = "link",
 ) -> None:
-    """Write a part of a COCO dataset as a COCO dataset, with a manifest that says which part it is.
+    """Write a subset of a COCO dataset as a COCO dataset, with a manifest that describes it.
 
     Args:
         annotations: the COCO file of the whole dataset.
         output: a new folder.
-        subset: which images.
-        images: the folder of the pictures; needed unless `pictures` is none.
+        subset: the selection.
+        images: the folder of the image files; needed unless `pictures` is none.
         pictures: hard links, copies, or the JSON files alone.
     """
     manifest = write_subset(annotations, output, subset, images=images, pictures=pictures)
@@ -37,7 +37,7 @@ def main(
 
 
 def options() -> ArgumentParser:
-    """The arguments of `main`, with the keys of SubsetConfig beside them."""
+    """Return the parser of `main`, with the keys of SubsetConfig as options."""
     parser = ArgumentParser(description=(main.__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_function_arguments(main, skip={"subset"}, fail_untyped=True)
     parser.add_argument("--categories", nargs="+", type=int | str, default=(), help="only images with one of these")

@@ -1,8 +1,8 @@
-"""Random COCO datasets and detections with everything in them that an evaluation may get wrong."""
+"""COCO datasets and detections, random ones and one of two images, and what pycocotools computes for them."""
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,22 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
+from detr_backbone.evaluation.detections import Detections
+from detr_backbone.evaluation.matching import Matches, match
+from detr_backbone.evaluation.settings import EvaluationSettings
+
 HEIGHT, WIDTH = 96, 128
+
+TOY = {
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in (1, 2)],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+    "annotations": [
+        {"id": 11, "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 12, "image_id": 1, "category_id": 1, "bbox": [100, 100, 60, 60], "area": 3600, "iscrowd": 1},
+        {"id": 13, "image_id": 2, "category_id": 5, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0},
+    ],
+}
 
 
 def random_set(
@@ -71,20 +86,81 @@ def with_masks(rng: np.random.Generator, entries: list[dict[str, Any]]) -> list[
 def plain_pycocotools(
     content: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: str = "bbox"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The twelve numbers and the AP of each category as pycocotools gives them, -1 for none.
-
-    Annotations are numbered from 1, since it takes a match with the id 0 for no match.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        annotations = [{**entry, "id": number} for number, entry in enumerate(content["annotations"], start=1)]
-        truth.dataset = {**content, "annotations": annotations}
-        truth.createIndex()
-        found = truth.loadRes([dict(result) for result in results]) if results else COCO()
-        evaluation = COCOeval(truth, found, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    """The twelve numbers and the AP of each category as pycocotools gives them, -1 for none."""
+    evaluation = _evaluate((COCO, COCOeval), content, results, iou_type)
     precision = np.moveaxis(evaluation.eval["precision"][:, :, :, 0, -1], 2, 0).reshape(len(content["categories"]), -1)
     per_class = [values[values > -1].mean() if (values > -1).any() else -1.0 for values in precision]
     return evaluation.stats, np.array(per_class)
+
+
+def pycocotools_precision_and_recall(
+    content: dict[str, Any], results: Sequence[Mapping[str, Any]], settings: EvaluationSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision [T, 101, K, A, M] and recall [T, K, A, M] of pycocotools with other parameters, -1 for none."""
+    areas = {"all": (0, 1e5**2), **settings.area_ranges}
+
+    def configure(params: Any) -> None:
+        params.iouThrs, params.maxDets = np.array(settings.iou_thresholds), list(settings.max_dets)
+        params.areaRng, params.areaRngLbl = [list(limits) for limits in areas.values()], list(areas)
+
+    evaluation = _evaluate((COCO, COCOeval), content, results, "bbox", configure)
+    return evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def peer_stats(
+    library: str, content: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: str
+) -> list[float]:
+    """The twelve numbers as another library computes them."""
+    if library == "hotcoco":
+        import hotcoco
+
+        return list(_evaluate((hotcoco.COCO, hotcoco.COCOeval), content, results, iou_type).stats)[:12]
+    import faster_coco_eval
+
+    classes = (faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
+    return list(_evaluate(classes, content, results, iou_type).stats)[:12]
+
+
+def _evaluate(
+    library: tuple[Any, Any],
+    content: dict[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    iou_type: str,
+    configure: Callable[[Any], None] | None = None,
+) -> Any:
+    """The evaluation of a results file; annotations are numbered from 1, as a match with the id 0 counts as none."""
+    coco_class, eval_class = library
+    annotations = [{**entry, "id": number} for number, entry in enumerate(content["annotations"], start=1)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if coco_class is COCO:
+            truth = COCO()
+            truth.dataset = {**content, "annotations": annotations}
+            truth.createIndex()
+        else:
+            truth = coco_class({**content, "annotations": annotations})
+        copies = [dict(result) for result in results]
+        load = truth.load_res if hasattr(truth, "load_res") else truth.loadRes
+        evaluation = eval_class(truth, load(copies) if copies else COCO(), iou_type)
+        if configure is not None:
+            configure(evaluation.params)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        if configure is None:
+            evaluation.summarize()
+    return evaluation
+
+
+def packed(truth: CocoAnnotations, results: list[dict[str, Any]]) -> Detections:
+    """The content of a results file as the arrays that evaluation works on."""
+    return Detections(
+        image_index=np.searchsorted(truth.image_ids, [one["image_id"] for one in results]).astype(np.int64),
+        labels=np.searchsorted(truth.category_ids, [one["category_id"] for one in results]).astype(np.int64),
+        scores=np.array([one["score"] for one in results]),
+        boxes=np.array([one["bbox"] for one in results], dtype=np.float64).reshape(-1, 4),
+    )
+
+
+def matched(content: dict[str, Any], results: list[dict[str, Any]], **options: Any) -> Matches:
+    """The content of a results file matched with the objects of an annotation file's content."""
+    truth = parse_annotations(content, source="<test>")
+    return match(truth, packed(truth, results), **options)

@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations
+from detr_backbone.coco.annotations import parse_annotations
 from detr_backbone.evaluation.analysis import (
     calibration,
     confusion,
@@ -21,10 +21,9 @@ from detr_backbone.evaluation.analysis import (
 )
 from detr_backbone.evaluation.detections import Detections
 from detr_backbone.evaluation.matching import Matches, match
-from detr_backbone.evaluation.mistakes import KINDS, Mistakes, mistakes
+from detr_backbone.evaluation.mistakes import MISTAKE_KINDS, Mistakes, mistakes
 
 Box = tuple[float, float, float, float]
-Case = tuple[CocoAnnotations, Detections, Matches]
 
 HERE: Box = (10, 10, 20, 20)
 SHIFTED: Box = (18, 10, 20, 20)  # on HERE: 12 of 28, an IoU of 0.43
@@ -35,7 +34,7 @@ CAT, DOG, OWL = 1, 5, 7
 
 def case(
     objects: list[tuple[int, int, Box]], found: list[tuple[int, int, Box, float]], crowds: tuple[int, ...] = ()
-) -> Case:
+) -> Matches:
     """Objects (image id, category id, box) and detections (.., score), matched; objects at the places `crowds` are."""
     images = (1, 2, 3)
     annotations = parse_annotations(
@@ -55,11 +54,11 @@ def case(
         boxes=np.array([row[2] for row in found], dtype=np.float64).reshape(-1, 4),
         scores=np.array([row[3] for row in found], dtype=np.float64),
     )
-    return annotations, detections, match(annotations, detections)
+    return match(annotations, detections)
 
 
 def counts(result: Mistakes) -> dict[str, int]:
-    return {kind: result.count(kind) for kind in KINDS if result.count(kind)}
+    return {kind: result.count(kind) for kind in MISTAKE_KINDS if result.count(kind)}
 
 
 KIND_CASES = {
@@ -87,11 +86,11 @@ KIND_CASES = {
 
 @pytest.mark.parametrize(("objects", "found", "expected"), KIND_CASES.values(), ids=KIND_CASES)
 def test_each_mistake_has_its_kind(objects: Any, found: Any, expected: dict[str, int]) -> None:
-    assert counts(mistakes(*case(objects, found))) == expected
+    assert counts(mistakes(case(objects, found))) == expected
 
 
 def test_a_detection_on_a_crowd_is_no_mistake_and_a_crowd_is_not_missed() -> None:
-    assert counts(mistakes(*case([(1, CAT, HERE)], [(1, CAT, HERE, 0.9)], crowds=(0,)))) == {}
+    assert counts(mistakes(case([(1, CAT, HERE)], [(1, CAT, HERE, 0.9)], crowds=(0,)))) == {}
 
 
 def test_mending_a_kind_gains_what_the_definition_says() -> None:
@@ -104,7 +103,7 @@ def test_mending_a_kind_gains_what_the_definition_says() -> None:
         (1, CAT, HERE, 0.95),  # takes the object first, so that the one with 0.9 is the duplicate
         (1, DOG, AWAY, 0.99),  # background
     ]
-    result = mistakes(*case(objects, found))
+    result = mistakes(case(objects, found))
 
     assert counts(result) == {"localisation": 2, "class": 1, "duplicate": 1, "background": 1, "missed": 1}
     # cats: right at 0.95, then wrong; 1 of 3 found gives the 34 recalls 0 .. 0.33 of 101. Dogs: wrong only, 1 object.
@@ -129,7 +128,7 @@ def test_mending_a_kind_gains_what_the_definition_says() -> None:
 
 def test_a_mended_mistake_does_not_find_again_what_is_found() -> None:
     objects = [(1, CAT, HERE), (2, CAT, HERE)]
-    result = mistakes(*case(objects, [(1, CAT, HERE, 0.9), (1, DOG, HERE, 0.8)]))
+    result = mistakes(case(objects, [(1, CAT, HERE, 0.9), (1, DOG, HERE, 0.8)]))
 
     assert counts(result) == {"class": 1, "missed": 1}
     assert result.costs["class"] == pytest.approx(0)  # there are no dogs, and the first cat counts once
@@ -137,20 +136,20 @@ def test_a_mended_mistake_does_not_find_again_what_is_found() -> None:
 
 def test_without_wrong_detections_precision_is_one() -> None:
     objects = [(1, CAT, HERE), (2, CAT, HERE)]
-    result = mistakes(*case(objects, [(3, CAT, HERE, 0.9), (1, CAT, HERE, 0.8), (1, CAT, AWAY, 0.7)]))
+    result = mistakes(case(objects, [(3, CAT, HERE, 0.9), (1, CAT, HERE, 0.8), (1, CAT, AWAY, 0.7)]))
 
     assert result.ap50 == pytest.approx(51 / 101 / 2)
     assert result.costs["background"] == result.false_positives == pytest.approx(51 / 101 / 2)
 
 
 def test_without_objects_a_mistake_has_no_cost() -> None:
-    result = mistakes(*case([], [(1, CAT, HERE, 0.9)]))
+    result = mistakes(case([], [(1, CAT, HERE, 0.9)]))
 
     assert math.isnan(result.ap50)
     assert all(map(math.isnan, result.costs.values()))
 
 
-def random_case(seed: int) -> tuple[Case, list[dict[str, Any]], list[dict[str, Any]]]:
+def random_case(seed: int) -> tuple[Matches, list[dict[str, Any]], list[dict[str, Any]]]:
     """Objects and detections around them, also as entries of COCO files."""
     rng = np.random.default_rng(seed)
     objects, found = [], []
@@ -180,7 +179,7 @@ def random_case(seed: int) -> tuple[Case, list[dict[str, Any]], list[dict[str, A
 
 @pytest.mark.parametrize("seed", range(3))
 def test_curves_are_those_of_pycocotools(seed: int) -> None:
-    (_, _, matches), truth, results = random_case(seed)
+    matches, truth, results = random_case(seed)
     coco = COCO()
     coco.dataset = {
         "images": [{"id": i} for i in (1, 2, 3)],
@@ -204,17 +203,17 @@ def test_curves_are_those_of_pycocotools(seed: int) -> None:
 def test_the_ap_that_mistakes_cost_is_that_of_the_curves(seed: int) -> None:
     given, _, _ = random_case(seed)
 
-    assert mistakes(*given).ap50 == pytest.approx(np.nanmean(curves(given[2]).average_precision[0]))
+    assert mistakes(given).ap50 == pytest.approx(np.nanmean(curves(given).average_precision[0]))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_wrong_detection_has_one_kind(seed: int) -> None:
-    annotations, detections, matches = random_case(seed)[0]
-    result = mistakes(annotations, detections, matches)
+    matches = random_case(seed)[0]
+    result = mistakes(matches)
     wrong = (matches.matched[0, 0] < 0) & ~matches.ignored[0, 0]
 
     assert ((result.kinds >= 0) == wrong).all()
-    assert sum(result.count(kind) for kind in KINDS if kind != "missed") == wrong.sum() > 0
+    assert sum(result.count(kind) for kind in MISTAKE_KINDS if kind != "missed") == wrong.sum() > 0
 
 
 def test_a_recall_that_is_not_reached_has_precision_zero() -> None:
@@ -225,7 +224,7 @@ def test_a_recall_that_is_not_reached_has_precision_zero() -> None:
 
 
 def test_a_class_without_objects_has_no_curve() -> None:
-    result = curves(case([(1, CAT, HERE)], [(1, OWL, HERE, 0.9)])[2])
+    result = curves(case([(1, CAT, HERE)], [(1, OWL, HERE, 0.9)]))
 
     assert result.objects.tolist() == [1, 0, 0]
     assert np.isnan(result.precision[:, :, 1:]).all()
@@ -233,7 +232,7 @@ def test_a_class_without_objects_has_no_curve() -> None:
 
 
 def test_a_class_that_is_not_detected_has_precision_zero() -> None:
-    result = curves(case([(1, CAT, HERE)], [])[2])
+    result = curves(case([(1, CAT, HERE)], []))
 
     assert not result.precision[:, :, 0].any()
 
@@ -241,7 +240,7 @@ def test_a_class_that_is_not_detected_has_precision_zero() -> None:
 def test_the_operating_point_has_the_best_f1() -> None:
     objects = [(1, CAT, HERE), (2, CAT, HERE), (3, DOG, HERE)]
     found = [(1, CAT, HERE, 0.9), (1, CAT, AWAY, 0.8), (2, CAT, HERE, 0.7), (2, DOG, AWAY, 0.6), (3, DOG, AWAY, 0.5)]
-    point = operating_point(case(objects, found)[2])
+    point = operating_point(case(objects, found))
 
     # F1 as detections join: 2/4, 2/5, 4/6, 4/7, 4/8
     assert (point.score, point.precision, point.recall) == (0.7, 2 / 3, 2 / 3)
@@ -249,7 +248,7 @@ def test_the_operating_point_has_the_best_f1() -> None:
 
 
 def test_detections_of_one_score_count_together() -> None:
-    point = operating_point(case([(1, CAT, HERE)], [(1, CAT, HERE, 0.9), (1, CAT, AWAY, 0.9)])[2])
+    point = operating_point(case([(1, CAT, HERE)], [(1, CAT, HERE, 0.9), (1, CAT, AWAY, 0.9)]))
 
     assert (point.score, point.precision) == (0.9, 1 / 2)
 
@@ -264,7 +263,7 @@ def test_detections_of_one_score_count_together() -> None:
     ],
 )
 def test_without_a_right_detection_the_operating_point_is_one_half(objects: Any, found: Any, expected: Any) -> None:
-    point = operating_point(case(objects, found)[2])
+    point = operating_point(case(objects, found))
 
     assert (point.score, point.precision, point.recall, point.f1) == pytest.approx(expected, nan_ok=True)
 
@@ -280,7 +279,7 @@ def test_the_confusion_matrix_counts_each_object_and_each_detection_once() -> No
         (3, DOG, SHIFTED, 0.9),  # on nothing
     ]
 
-    assert confusion(*case(objects, found), score=0.5).tolist() == [
+    assert confusion(case(objects, found), score=0.5).tolist() == [
         # found as cat, dog, owl, missed
         [1, 0, 0, 1],
         [1, 1, 0, 0],
@@ -290,12 +289,12 @@ def test_the_confusion_matrix_counts_each_object_and_each_detection_once() -> No
 
 
 def test_crowds_are_not_confused() -> None:
-    assert not confusion(*case([(1, CAT, HERE)], [(1, CAT, HERE, 0.9)], crowds=(0,)), score=0.5).any()
+    assert not confusion(case([(1, CAT, HERE)], [(1, CAT, HERE, 0.9)], crowds=(0,)), score=0.5).any()
 
 
 def test_calibration_compares_scores_with_the_share_that_is_right() -> None:
     found = [(1, CAT, HERE, 0.62), (2, CAT, AWAY, 0.68), (2, DOG, AWAY, 1.0), (3, DOG, AWAY, 0.0)]
-    result = calibration(case([(1, CAT, HERE)], found)[2])
+    result = calibration(case([(1, CAT, HERE)], found))
 
     assert result is not None
     assert result.counts.tolist() == [1, 0, 0, 0, 0, 0, 2, 0, 0, 1]
@@ -306,20 +305,24 @@ def test_calibration_compares_scores_with_the_share_that_is_right() -> None:
 
 @pytest.mark.parametrize("found", [[], [(1, CAT, HERE, 7.5)], [(1, CAT, HERE, -0.1)]])
 def test_scores_that_are_no_probabilities_have_no_calibration(found: Any) -> None:
-    assert calibration(case([(1, CAT, HERE)], found)[2]) is None
+    assert calibration(case([(1, CAT, HERE)], found)) is None
 
 
 def test_images_are_ranked_from_the_worst_to_the_best() -> None:
     objects = [(1, CAT, HERE), (2, CAT, HERE), (2, CAT, AWAY)]
     found = [(1, CAT, HERE, 0.9), (1, CAT, AWAY, 0.8), (1, CAT, AWAY, 0.1)]
-    scores = image_scores(case(objects, found)[2], score=0.5)
+    scores = image_scores(case(objects, found), score=0.5)
 
-    assert [scores.right.tolist(), scores.wrong.tolist(), scores.missed.tolist()] == [[1, 0, 0], [1, 0, 0], [0, 2, 0]]
+    assert [scores.true_positives.tolist(), scores.false_positives.tolist(), scores.false_negatives.tolist()] == [
+        [1, 0, 0],
+        [1, 0, 0],
+        [0, 2, 0],
+    ]
     assert scores.f1 == pytest.approx([2 / 3, 0, math.nan], nan_ok=True)
     assert scores.ranked().tolist() == [1, 0]  # there is nothing to say of the third
 
 
 def test_of_equally_bad_images_the_one_with_more_mistakes_is_worse() -> None:
-    scores = image_scores(case([(1, CAT, HERE), (2, CAT, HERE), (2, DOG, AWAY)], [])[2], score=0.5)
+    scores = image_scores(case([(1, CAT, HERE), (2, CAT, HERE), (2, DOG, AWAY)], []), score=0.5)
 
     assert scores.ranked().tolist() == [1, 0]

@@ -261,3 +261,40 @@ def test_the_garbage_collector_is_left_as_it_was(tmp_path: Path, *, enabled: boo
         assert (after_success, gc.isenabled()) == (enabled, enabled)
     finally:
         (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("policy", "ids", "crowds", "warned"),
+    [("keep", [11, 12], [False, True], 1), ("crowd", [11, 12], [True, True], 0), ("drop", [12], [True], 0)],
+)
+def test_an_ignore_flag_is_kept_taken_as_a_crowd_or_dropped(
+    policy: Any, ids: list[int], crowds: list[bool], warned: int
+) -> None:
+    policies = DataPolicies(ignore_flag=policy)
+
+    annotations = parse_annotations(with_annotation(ignore=1), source="x.json", policies=policies)
+
+    assert annotations.annotation_ids.tolist() == ids
+    assert annotations.is_crowd.tolist() == crowds
+    assert annotations.findings == {"ignore_flag": 1}
+    assert len(annotations.warnings) == warned
+
+
+@pytest.mark.parametrize(("policy", "ids", "warned"), [("warn", [11, 12, 13], 1), ("drop", [11, 12], 0)])
+def test_a_box_under_two_ids_is_named_or_dropped(policy: Any, ids: list[int], warned: int) -> None:
+    again = content()
+    again["annotations"].append({**again["annotations"][1], "id": 13})
+
+    annotations = parse_annotations(again, source="x.json", policies=DataPolicies(duplicate_box=policy))
+
+    assert sorted(annotations.annotation_ids.tolist()) == ids
+    assert annotations.findings == {"duplicate_box": 1}
+    assert len(annotations.warnings) == warned
+
+
+@pytest.mark.parametrize("change", [{"image_id": 9}, {"category_id": 79}, {"bbox": [1, 2, 3, 4.5]}, {"iscrowd": 1}])
+def test_a_box_of_another_image_category_or_size_is_no_duplicate(change: dict[str, Any]) -> None:
+    both = content()
+    both["annotations"].append({**both["annotations"][1], "id": 13, **change})
+
+    assert "duplicate_box" not in parse_annotations(both, source="x.json").findings

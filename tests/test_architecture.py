@@ -1,12 +1,13 @@
 """Where everything stands, and that imports point down only."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Command
+from tests.processes import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
 
@@ -96,6 +97,14 @@ def test_the_component_needs_torch_and_torchvision_only(module: Path) -> None:
 def test_no_module_is_long_or_named_after_nothing(module: Path) -> None:
     assert len(module.read_text(encoding="utf-8").splitlines()) <= 300
     assert module.stem not in ("utils", "util", "misc", "helpers", "common")
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda module: module.stem)
+def test_no_test_imports_another_ones_module(module: Path) -> None:
+    """What two of them share stands in a module without tests beside them, or is a fixture."""
+    imports = re.findall(r"^\s*(?:from|import) tests\b.*", module.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert [line for line in imports if re.search(r"\b(test_\w+|conftest)\b", line)] == []
 
 
 def test_pickle_never_crosses_ranks_and_no_loader_falls_back() -> None:

@@ -53,7 +53,7 @@ def test_attention_is_the_softmax_of_scaled_products() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_box_refine", [False, True])
-def test_locations_and_references_are_shares_of_the_image_whatever_its_batch(
+def test_locations_and_references_are_fractions_of_the_image_whatever_its_batch(
     images: list[torch.Tensor], *, with_box_refine: bool
 ) -> None:
     model = detector("deformable_detr", with_box_refine=with_box_refine)

@@ -10,7 +10,7 @@ from detr_backbone.coco.check import check_split
 from detr_backbone.coco.check_report import DataReport
 from detr_backbone.coco.findings import KINDS, DataPolicies
 from detr_backbone.coco.shapes import draw_shapes
-from tests.conftest import ROOT, Command
+from tests.processes import ROOT, Command
 
 
 @pytest.fixture

@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from detr_backbone.detectors.criterion import SetCriterion
 from detr_backbone.detectors.matcher import HungarianMatcher
 from detr_backbone.errors import NumericsError
 
 K, Q = 3, 6
+LABEL_LOSSES = ("cross_entropy", "focal", "mal")
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 
 
-def criterion(*, focal_alpha=None, weight_dict=WEIGHTS, eos_coef=0.1):
-    matcher = HungarianMatcher(1, 5, 2, focal=focal_alpha is not None)
-    return SetCriterion(K, matcher, weight_dict, eos_coef=eos_coef, focal_alpha=focal_alpha)
+def criterion(*, label_loss="cross_entropy", weight_dict=WEIGHTS, **options):
+    matcher = HungarianMatcher(1, 5, 2, focal=label_loss != "cross_entropy")
+    return SetCriterion(K, matcher, weight_dict, label_loss=label_loss, **options)
 
 
 def drawn(*, counts=(2, 1), classes=K + 1, seed=0):
@@ -75,7 +76,7 @@ def test_label_loss_is_the_weighted_mean_of_log_probabilities() -> None:
 def test_focal_loss_is_a_sum_over_queries_and_classes_divided_by_the_number_of_targets() -> None:
     outputs, targets = drawn(counts=(2, 1), classes=K)
 
-    losses = criterion(focal_alpha=0.25)(outputs, targets)
+    losses = criterion(label_loss="focal")(outputs, targets)
 
     there = {
         (image, query, int(targets[image]["labels"][n])) for image, query, n in matched(outputs, targets, focal=True)
@@ -125,10 +126,10 @@ def test_proposals_are_compared_with_targets_whose_labels_are_all_0() -> None:
     proposals, _ = drawn(counts=(2, 2), classes=K, seed=4)
     proposals = {name: value.repeat(1, 2, 1) for name, value in proposals.items()}  # more of them than queries
 
-    losses = criterion(focal_alpha=0.25)({**outputs, "enc_outputs": proposals}, targets)
+    losses = criterion(label_loss="focal")({**outputs, "enc_outputs": proposals}, targets)
 
     classless = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-    alone = criterion(focal_alpha=0.25)(proposals, classless)
+    alone = criterion(label_loss="focal")(proposals, classless)
     del alone["class_error"]
     torch.testing.assert_close(
         {name: value for name, value in losses.items() if name.endswith("_enc")},
@@ -136,14 +137,46 @@ def test_proposals_are_compared_with_targets_whose_labels_are_all_0() -> None:
     )
 
 
-@pytest.mark.parametrize("focal_alpha", [None, 0.25])
-def test_a_batch_without_targets_trains_only_the_label_loss(focal_alpha: float | None) -> None:
-    outputs, _ = drawn(classes=K + (focal_alpha is None))
+def test_proposals_with_classes_are_compared_with_the_labels_of_the_targets() -> None:
+    outputs, targets = drawn(classes=K)
+    proposals, _ = drawn(classes=K, seed=1)
+
+    losses = criterion(label_loss="mal", classless_proposals=False)({**outputs, "enc_outputs": proposals}, targets)
+
+    alone = criterion(label_loss="mal")(proposals, targets)
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        torch.testing.assert_close(losses[f"{name}_enc"], alone[name])
+
+
+def test_the_matchability_aware_loss_takes_the_iou_of_matched_pairs() -> None:
+    outputs, targets = drawn(counts=(2, 1), classes=K)
+
+    loss = criterion(label_loss="mal")(outputs, targets)["loss_ce"]
+
+    p, expected = outputs["pred_logits"].double().sigmoid(), 0.0
+    pairs = {(image, query): n for image, query, n in matched(outputs, targets, focal=True)}
+    for image in range(2):
+        for query in range(Q):
+            n = pairs.get((image, query))
+            for label in range(K):
+                score = float(p[image, query, label])
+                if n is not None and label == int(targets[image]["labels"][n]):
+                    box, target = outputs["pred_boxes"][image, query], targets[image]["boxes"][n]
+                    q = float(box_iou(*(box_convert(b[None], "cxcywh", "xyxy") for b in (box, target)))) ** 1.5
+                    expected += -q * math.log(score) - (1 - q) * math.log(1 - score)
+                else:
+                    expected += -(score**1.5) * math.log(1 - score)
+    assert loss.item() == pytest.approx(expected / 3)
+
+
+@pytest.mark.parametrize("label_loss", LABEL_LOSSES)
+def test_a_batch_without_targets_trains_only_the_label_loss(label_loss: str) -> None:
+    outputs, _ = drawn(classes=K + (label_loss == "cross_entropy"))
     for value in outputs.values():
         value.requires_grad_()
     nothing = {"labels": torch.tensor([]), "boxes": torch.tensor([])}
 
-    loss = criterion(focal_alpha=focal_alpha)
+    loss = criterion(label_loss=label_loss)
     losses = loss(outputs, [nothing, nothing])
     loss.weighted_sum(losses).backward()
 
@@ -204,7 +237,7 @@ def test_proposals_that_are_not_numbers_are_found() -> None:
     proposals["pred_boxes"][0, 0] = torch.inf
 
     with pytest.raises(NumericsError, match=r"`pred_boxes` must be finite, .* for image_id 70$"):
-        criterion(focal_alpha=0.25)({**outputs, "enc_outputs": proposals}, targets)
+        criterion(label_loss="focal")({**outputs, "enc_outputs": proposals}, targets)
 
 
 @pytest.mark.parametrize("label", [-1, K, K + 1])
@@ -219,11 +252,11 @@ def test_a_label_that_is_no_class_names_its_place_and_image(label: int) -> None:
 @pytest.mark.parametrize(
     ("box", "hint"),
     [
-        ([120.0, 80.0, 60.0, 40.0], "look like pixels"),
+        ([120.0, 80.0, 60.0, 40.0], "pixels"),
         ([0.5, 0.5, 0.9, 0.9], None),
-        ([0.6, 0.6, 0.9, 0.9], r"if it is \(x1, y1, x2, y2\), convert it"),
-        ([0.5, 0.5, -0.1, 0.2], "must not be negative"),
-        ([0.5, torch.nan, 0.1, 0.2], "as shares of the image"),
+        ([0.6, 0.6, 0.9, 0.9], r"x1, y1, x2, y2"),
+        ([0.5, 0.5, -0.1, 0.2], "negative"),
+        ([0.5, torch.nan, 0.1, 0.2], "fractions"),
         ([0.005, 0.5, 0.02, 1.01], None),  # half a per cent over three borders
         ([0.5, 0.5, 0.0, 0.0], None),
     ],
@@ -319,14 +352,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("focal_alpha", [None, 0.25], ids=["softmax", "focal"])
-def test_more_decoder_layers_wait_for_the_device_no_more_often(focal_alpha: float | None) -> None:
+@pytest.mark.parametrize("label_loss", LABEL_LOSSES)
+def test_more_decoder_layers_wait_for_the_device_no_more_often(label_loss: str) -> None:
     waits = []
     for layers in (1, 6):
-        outputs, targets = drawn(classes=K + (focal_alpha is None))
+        outputs, targets = drawn(classes=K + (label_loss == "cross_entropy"))
         outputs["aux_outputs"] = [outputs.copy() for _ in range(layers - 1)]
         with Waits() as counted:
-            compare = criterion(focal_alpha=focal_alpha)
+            compare = criterion(label_loss=label_loss)
             compare.weighted_sum(compare(outputs, targets))
         waits.append(counted.count)
 

@@ -118,6 +118,6 @@ def test_references_that_are_neither_points_nor_boxes_are_refused() -> None:
         attention()(query, torch.zeros(B, Q, 3, 3), value, SHAPES)
 
 
-def test_heads_that_do_not_share_the_channels_evenly_are_refused() -> None:
+def test_a_number_of_heads_that_does_not_divide_the_channels_is_refused() -> None:
     with pytest.raises(ConfigError, match="`d_model` must be a multiple of `n_heads` = 3, got 16"):
         MSDeformAttn(d_model=16, n_heads=3)

@@ -65,7 +65,7 @@ def images(*sizes):
 def criterion(*, two_stage=False):
     terms = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
     weights = {f"{term}{end}": w for end in ["", "_0", *["_enc"] * two_stage] for term, w in terms.items()}
-    return SetCriterion(K, HungarianMatcher(2.0, 5.0, 2.0, focal=True), weights, focal_alpha=0.25)
+    return SetCriterion(K, HungarianMatcher(2.0, 5.0, 2.0, focal=True), weights, label_loss="focal")
 
 
 def target(n):

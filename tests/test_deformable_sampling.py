@@ -34,7 +34,7 @@ def drawn(dtype=torch.float64, *, shapes=SHAPES, queries=Q):
 
 
 def read_cell_by_cell(value, locations, weights):
-    """The same sum from Python numbers: each location shares its weight among the four cells around it."""
+    """The same sum from Python numbers: each location splits its weight among the four cells around it."""
     read = torch.zeros(B, Q, M, D, dtype=value.dtype)
     for b in range(B):
         for q in range(Q):

@@ -10,7 +10,7 @@ from detr_backbone.coco.annotations import parse_annotations
 from detr_backbone.errors import EvaluationError
 from detr_backbone.evaluation.box_format import refuse_other_formats
 from detr_backbone.evaluation.detections import load_detections
-from tests.test_matching import TOY, packed
+from tests.coco_sets import TOY, packed
 
 GOOD = {"image_id": 2, "category_id": 5, "bbox": [1, 2.5, 3, 4], "score": 0.5}
 TRUTH = parse_annotations(TOY, source="<test>")
@@ -74,7 +74,7 @@ def boxes_of(read: Any) -> list[dict[str, Any]]:
 
 
 FORMATS = {
-    "shares": (lambda x, y, w, h: [x / 200, y / 200, w / 200, h / 200], "look like shares of the image"),
+    "fractions": (lambda x, y, w, h: [x / 200, y / 200, w / 200, h / 200], "look like fractions of the image"),
     "scaled twice": (lambda x, y, w, h: [x * 200, y * 200, w * 200, h * 200], "by the image's size once more"),
     "corners": (lambda x, y, w, h: [x, y, x + w, y + h], "look like x1, y1, x2, y2"),
 }
@@ -82,7 +82,7 @@ FORMATS = {
 
 @pytest.mark.parametrize(("read", "message"), FORMATS.values(), ids=FORMATS)
 def test_boxes_in_another_format_are_refused_by_its_name(read: Any, message: str) -> None:
-    with pytest.raises(EvaluationError, match=f"{message}.* find 0 of 2 objects as they are and 2 as"):
+    with pytest.raises(EvaluationError, match=f"{message}.* match 0 of 2 objects as they are and 2 as"):
         refuse_other_formats(FAR, packed(FAR, boxes_of(read)), "file=x")
 
 

@@ -2,14 +2,20 @@
 
 import doctest
 import re
+import runpy
 import shlex
+from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
-from tests.conftest import ROOT, Command
+from tests.processes import ROOT, Command
 
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -33,7 +39,7 @@ def test_every_example_gives_what_it_shows(page: Path) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text_of(page))} - {""}
 
@@ -45,6 +51,12 @@ def test_every_page_and_every_recipe_is_listed() -> None:
 
     assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in readme] == []
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"configs/{path.name}" not in readme] == []
+
+
+def test_every_folder_of_the_package_has_a_place_in_the_table_of_contributing() -> None:
+    folders = {path.parent.name for path in (ROOT / "detr_backbone").glob("*/__init__.py")}
+
+    assert [folder for folder in folders if f"`{folder}/`" not in text_of(CONTRIBUTING)] == []
 
 
 def scripts() -> dict[str, set[str]]:
@@ -66,12 +78,83 @@ def test_every_script_has_the_options_that_it_is_given(script: Command, name: st
     assert options <= set(re.findall(r"--[a-z0-9_.]+", shown.stdout))
 
 
+def setup() -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_string((ROOT / "setup.cfg").read_text(encoding="utf-8"))
+    return parser
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """What setup.cfg names, by extra; that of every installation under "."."""
+    options = {".": setup()["options"]["install_requires"], **setup()["options.extras_require"]}
+    return {extra: [Requirement(line) for line in text.split("\n") if line] for extra, text in options.items()}
+
+
+def test_readme_lists_what_every_installation_brings() -> None:
+    _, _, section = text_of(README).partition("## What an install brings")
+    extra, brought = "", dict[str, list[str]]()
+    for first, second in re.findall(r"^\| (?:`([^|]+)`)? ?\| ([^|]+) \|", section.partition("\n#")[0], re.MULTILINE):
+        extra = re.sub(r'"\.\[(.+)\]"', r"\1", first) or extra
+        brought.setdefault(extra, []).extend(second.split(", "))
+
+    for extra, needed in requirements().items():
+        if extra not in ("test", "dev"):
+            assert sorted(brought[extra]) == sorted(requirement.name for requirement in needed), extra
+
+
+def test_the_lowest_versions_are_tested() -> None:
+    pinned = {
+        requirement.name: requirement.specifier
+        for line in (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#") and (requirement := Requirement(line))
+    }
+    lowest = {
+        requirement.name: re.sub(r".*>=([\d.]+).*", r"==\1", str(requirement.specifier))
+        for extra, needed in requirements().items()
+        if extra not in ("dev", "ms-deform-attn")  # linters change nothing; the extension needs CUDA
+        for requirement in needed
+        if ">=" in str(requirement.specifier)
+    }
+
+    assert {name: str(pin) for name, pin in pinned.items()} == lowest
+
+
+def test_the_workflow_runs_the_script_on_every_version_of_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    matrix = job["strategy"]["matrix"]
+    versions = re.findall(r"Python :: (3\.\d+)", setup()["metadata"]["classifiers"])
+
+    assert matrix["python"] == versions
+    assert setup()["options"]["python_requires"] == f">={versions[0]}"
+    assert matrix["include"] == [{"python": versions[0], "constraint": ".ci/lowest.txt"}]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "summary.py"))
+
+
+def test_the_speed_in_readme_is_that_of_the_record_beside_it(summary: dict[str, Any]) -> None:
+    (record,) = set(re.findall(r"\((benchmarks/table-\w+\.md)\)", text_of(README)))
+
+    assert summary["milliseconds_table"](ROOT / record) in text_of(README)
+
+
+def test_the_page_on_speed_shows_every_record(summary: dict[str, Any]) -> None:
+    page = text_of(ROOT / "docs" / "speed.md")
+
+    assert summary["summary_table"](summary["summarised"]()) in page
+    assert [path.name for path in (ROOT / "benchmarks").glob("*.md") if f"benchmarks/{path.name}" not in page] == []
+
+
 def test_the_continuous_integration_installs_and_tests_as_readme_says() -> None:
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     test_command = next(command for command in commands_of(README) if "pytest" in command)
 
     assert 'pip install --editable ".[dev]"' in test_command
     assert 'pip install --quiet --editable ".[dev]"' in run
-    assert "OMP_NUM_THREADS=1 pytest" in test_command
+    assert test_command.endswith("OMP_NUM_THREADS=1 pytest -n 2")
     assert "export OMP_NUM_THREADS=1" in run
-    assert "\npytest" in run
+    assert "\npytest -n 2" in run

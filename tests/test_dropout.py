@@ -8,7 +8,7 @@ from detr_backbone.detectors.dropout import Dropout
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_every_place_drops_its_share_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
+def test_every_index_drops_its_fraction_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     out = Dropout(p)(torch.ones(50_000, 4, dtype=dtype))
     assert out.dtype == dtype
@@ -39,16 +39,16 @@ def test_a_seed_repeats_it() -> None:
     assert not torch.equal(drop(1), drop(2))
 
 
-def test_evaluation_and_a_share_of_zero_change_nothing() -> None:
+def test_evaluation_and_a_fraction_of_zero_change_nothing() -> None:
     x = torch.rand(5)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
 
 
-def test_a_share_of_one_drops_all() -> None:
+def test_a_fraction_of_one_drops_all() -> None:
     assert torch.equal(Dropout(1.0)(torch.ones(100)), torch.zeros(100))
 
 
-def test_a_share_outside_its_range_is_refused() -> None:
+def test_a_fraction_outside_its_range_is_refused() -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         Dropout(1.5)

@@ -1,9 +1,10 @@
-"""COCO average precision that cannot be flattered by what is missing or not a number."""
+"""COCO average precision that is not inflated by missing images or NaN."""
 
 import contextlib
 import copy
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detr_backbone.coco.annotations import parse_annotations
-from detr_backbone.errors import EvaluationError
-from detr_backbone.evaluation.average_precision import average_precision
-from detr_backbone.evaluation.backends import Backend
-from detr_backbone.evaluation.evaluator import STATS, CocoEvaluator
+from detr_backbone.errors import ConfigError, EvaluationError
+from detr_backbone.evaluation.evaluator import Backend, CocoEvaluator
+from detr_backbone.evaluation.intervals import Interval, Intervals
+from detr_backbone.evaluation.matching import match
+from detr_backbone.evaluation.result import CocoResult
+from detr_backbone.evaluation.settings import COCO_SETTINGS, EvaluationSettings
 from tests import coco_sets
 
 HALF = 51 / 101
@@ -197,7 +200,7 @@ def test_valid_input_scores_as_with_pycocotools(seed: int) -> None:
     ]
     # the same arithmetic on the same doubles: no tolerance
     assert list(stats.values()) == plain_pycocotools(content, detections).tolist()
-    assert tuple(stats) == STATS
+    assert tuple(stats) == COCO_SETTINGS.stat_names
     assert 0 < stats["AP"] < 1
 
 
@@ -346,7 +349,7 @@ def test_annotations_come_from_a_file_too(tmp_path: Path) -> None:
     assert CocoEvaluator(tmp_path / "x.json").image_ids == (1, 2)
 
 
-BACKENDS: tuple[Backend, ...] = ("pycocotools", "faster_coco_eval", "hotcoco")
+BACKENDS: tuple[Backend, ...] = ("pycocotools", "matching")
 
 
 def predictions_of(content: dict[str, Any], results: list[dict[str, Any]], regions: str) -> dict[int, dict[str, Any]]:
@@ -386,8 +389,6 @@ def test_every_backend_gives_the_numbers_of_pycocotools(ties: bool, iou_type: An
             assert list(result.stats.values()) == pytest.approx(stats.tolist(), abs=1e-12)
             assert list(result.per_class.values()) == pytest.approx(per_class.tolist(), abs=1e-12)
             assert 0 < stats[0] < 1
-        from_matches = average_precision(evaluator.matches()).stats[:, 0]
-        assert np.nan_to_num(from_matches, nan=-1).tolist() == pytest.approx(stats.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -402,21 +403,50 @@ def test_every_backend_knows_nothing_to_find_and_nothing_found(backend: Backend)
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"`backend` must be one of \('pycocotools', .*, got 'fast'"):
-        CocoEvaluator(toy(), backend="fast")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError,
+        match=r"`backend` must be one of \('pycocotools', 'matching'\), got 'hotcoco'; matching gives the same",
+    ):
+        CocoEvaluator(toy(), backend="hotcoco")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`iou_type` must be one of \('bbox', 'segm'\), got 'mask'"):
         CocoEvaluator(toy(), iou_type="mask")  # type: ignore[arg-type]
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_matches_are_computed_once_for_what_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detr_backbone.evaluation import evaluator as module
 
-    monkeypatch.setitem(sys.modules, "hotcoco", None)
-    evaluator = CocoEvaluator(toy(), backend="hotcoco", image_ids=[1])
+    calls = []
+    monkeypatch.setattr(module, "match", lambda *args, **options: calls.append(1) or match(*args, **options))
+    evaluator = CocoEvaluator(toy(), backend="matching")
     evaluator.update({1: found(RIGHT)})
 
-    with pytest.raises(EvaluationError, match=r"got hotcoco \| fix: pip install detr_backbone\[fast-eval\]"):
+    first = evaluator.compute(allow_partial=True).stats["AP"]
+    evaluator.matches(allow_partial=True)
+    with pytest.raises(EvaluationError, match="got 1 of 2 images"):
         evaluator.compute()
+    evaluator.update({2: found(RIGHT)})
+
+    assert (first, evaluator.compute().stats["AP"]) == (pytest.approx(HALF), pytest.approx(1))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("library", ["faster_coco_eval", "hotcoco"])
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_other_libraries_compute_the_same(library: str, iou_type: Any) -> None:
+    rng = np.random.default_rng(3)
+    content, results = coco_sets.random_set(rng)
+    if iou_type == "segm":
+        content = content | {"annotations": coco_sets.with_masks(rng, content["annotations"])}
+        results = coco_sets.with_masks(rng, results)
+    truth = parse_annotations(content, source="<test>", segmentations=iou_type == "segm")
+    evaluator = CocoEvaluator(truth, iou_type=iou_type, backend="matching")
+    evaluator.update(predictions_of(content, results, iou_type))
+
+    stats = evaluator.compute().stats
+
+    # faster_coco_eval and hotcoco state 1e-9 themselves
+    expected = coco_sets.peer_stats(library, content, evaluator.detections, iou_type)
+    assert list(stats.values()) == pytest.approx(expected, abs=1e-9)
 
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
@@ -479,7 +509,7 @@ def test_masks_need_masks_in_the_ground_truth() -> None:
 @pytest.mark.parametrize(
     ("boxes", "hint"),
     [
-        ([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.9, 0.9]], "cxcywh in shares of the image"),
+        ([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.9, 0.9]], "cxcywh in fractions of the image"),
         ([[50.0, 50.0, 20.0, 20.0], [10.0, 10.0, 20.0, 20.0]], "xywh or cxcywh: torchvision.ops.box_convert"),
     ],
 )
@@ -491,11 +521,11 @@ def test_boxes_that_end_before_they_start_are_told_what_they_look_like(boxes: li
     assert hint in str(error.value)
 
 
-def test_shares_of_the_image_are_refused_when_all_are_there() -> None:
+def test_fractions_of_the_image_are_refused_when_all_are_there() -> None:
     evaluator = CocoEvaluator(toy())
     evaluator.update({1: found([0.1, 0.1, 0.3, 0.3]), 2: found([0.1, 0.1, 0.3, 0.3])})
 
-    with pytest.raises(EvaluationError, match=r"shares of the image .* find 0 of 2 objects as they are and 2 as"):
+    with pytest.raises(EvaluationError, match=r"fractions of the image .* match 0 of 2 objects as they are and 2 as"):
         evaluator.compute()
 
 
@@ -519,3 +549,99 @@ def test_the_table_shows_intervals_beside_the_numbers() -> None:
 
     assert lines[1].startswith("AP         50.5 [")
     assert lines[6] == "AP_large      -"
+
+
+TINY = EvaluationSettings(
+    iou_thresholds=(0.3, 0.5, 0.9), area_ranges={"tiny": (0, 20**2), "rest": (20**2, 1e5**2)}, max_dets=(2, 5)
+)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_other_settings_give_the_numbers_of_pycocotools_by_their_names(seed: int) -> None:
+    content, results = coco_sets.random_set(np.random.default_rng(seed))
+    expected = coco_sets.pycocotools_precision_and_recall(content, results, TINY)
+    numbers = []
+    for backend in BACKENDS:
+        evaluator = CocoEvaluator(content, backend=backend, settings=TINY)
+        evaluator.update(predictions_of(content, results, "bbox"))
+        numbers.append(evaluator.compute())
+
+    precision, recall = expected
+    names = ("AP", "AP30", "AP50", "AP90", "AP_tiny", "AP_rest", "AR_2", "AR_5", "AR_tiny", "AR_rest")
+    by_hand = [
+        *(precision[..., 0, 1], precision[0, ..., 0, 1], precision[1, ..., 0, 1], precision[2, ..., 0, 1]),
+        *(precision[..., 1, 1], precision[..., 2, 1]),
+        *(recall[..., 0, 0], recall[..., 0, 1], recall[..., 1, 1], recall[..., 2, 1]),
+    ]
+    for result in numbers:
+        assert tuple(result.stats) == names
+        # sums are taken in another order
+        assert list(result.stats.values()) == pytest.approx([v[v > -1].mean() for v in by_hand], abs=1e-12)
+    assert "settings IoU 0.3, 0.5, 0.9, areas tiny 0 to 400, rest 400 to 1e+10, at most 2, 5 detections" in str(result)
+    assert len({round(value, 6) for value in result.stats.values()}) > 7  # the settings make a difference
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"iou_thresholds": ()},
+        {"iou_thresholds": (0.5, 0.5)},
+        {"iou_thresholds": (0.0, 0.5)},
+        {"iou_thresholds": (50,)},
+        {"max_dets": (100, 10)},
+        {"max_dets": (0,)},
+        {"area_ranges": {"small": (9, 1)}},
+        {"area_ranges": {"all": (0, 1)}},
+        {"area_ranges": {"100": (0, 1)}},
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` must "):
+        EvaluationSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("area contradicts", {"area": 1e11}), ("to be ignored", {"ignore": 1}), ("annotated twice", {"image_id": 2})],
+)
+def test_the_table_says_what_makes_its_numbers_misleading(kind: str, change: dict[str, Any]) -> None:
+    annotations = toy()["annotations"]
+    annotations[0] |= change
+    evaluator = CocoEvaluator(toy(annotations=annotations))
+    evaluator.update({1: found(RIGHT), 2: found(RIGHT)})
+
+    (line,) = (line for line in str(evaluator.compute()).splitlines() if line.startswith("warning: "))
+
+    assert kind in line
+    assert ": 1 | fix: " in line
+
+
+def interval(low: float, high: float) -> Interval:
+    return Interval(estimate=0.5, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("of_ap", "shown", "said"),
+    [
+        ((0.4, 0.6), "50.0 [40.0, 60.0]", False),
+        ((0.3, 0.45), "50.0 [30.0, 45.0]", True),
+        ((0.55, 0.6), "50.0 [55.0, 60.0]", True),
+        ((math.nan, math.nan), "50.0 -", False),
+    ],
+)
+def test_an_interval_is_shown_or_a_dash_and_one_without_its_number_is_explained(
+    of_ap: tuple[float, float], shown: str, said: bool
+) -> None:
+    result = CocoResult(stats={"AP": 0.5, "AP_large": -1}, per_class={"cat": 0.5}, num_images=1, num_expected=1)
+    intervals = Intervals(
+        stats={"AP": interval(*of_ap), "AP_large": interval(math.nan, math.nan)},
+        per_class={"cat": interval(0.4, 0.6)},
+        level=0.95,
+        resamples=2,
+    )
+
+    lines = result.table(intervals).splitlines()
+
+    assert lines[1] == f"AP        {shown}"
+    assert lines[2] == "AP_large     -"
+    assert [line.endswith(": AP") for line in lines if line.startswith("outside of the interval")] == [True] * said

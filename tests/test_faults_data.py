@@ -200,6 +200,44 @@ FAULTS: dict[str, tuple[str, int, str, Change]] = {
     "- class without boxes": ("category_unused", 1, "category_id=5 | got 'cow'", lambda c, _: c["categories"].append(
         {"id": 5, "name": "cow"})),
     "- image without boxes": ("image_without_boxes", 1, "image_id=9", lambda c, _: c["annotations"].pop()),
+    "- area of 0": ("area_mismatch", 1, "ann_id=12 key=area | got 0 expected 0.6 to 96", put("annotations", area=0)),
+    "- area of 1 for all": ("area_mismatch", 2, "got 1 expected 2 to 264 for its box", lambda c, _: [
+        one.update(area=1.0, bbox=[0, 0, 20, 10]) for one in c["annotations"]]),
+    "- area of another scale": ("area_mismatch", 1, "got 1e+11 expected", put("annotations", area=1e11)),
+    "- ignore flag": ("ignore_flag", 1, "ann_id=12 key=ignore | got 1", put("annotations", ignore=1)),
+    "- box under two ids": ("duplicate_box", 1, "ann_id=13 | got the box of ann_id=12", lambda c, _: c[
+        "annotations"].append(c["annotations"][1] | {"id": 13})),
+    "- federated annotations": ("federated", 1, "image_id=9 | got the keys ['neg_category_ids', 'not_exhaus", put(
+        "images", neg_category_ids=[4], not_exhaustive_category_ids=[])),
+    "- class named by a number": ("category_named_by_number", 1, "category_id=4 | got '3'", put(
+        "categories", name="3")),
+    "- files that are not listed": ("image_not_listed", 2, "folder=", lambda _, i: [
+        (i / name).write_bytes((i / "a.png").read_bytes()) for name in ("d.png", "e.jpeg", "._a.png", "notes.txt")]),
+}  # fmt: skip
+# One fault in a file, and all that may be said about it; the second entry of each list is damaged.
+TOLD_ONCE: dict[str, tuple[set[str], Change]] = {
+    "ids of images as floats": ({"id_malformed"}, lambda c, _: [
+        *(one.update(id=float(one["id"])) for one in c["images"]),
+        *(one.update(image_id=float(one["image_id"])) for one in c["annotations"])]),
+    "ids of images as text": ({"id_malformed"}, lambda c, _: [
+        *(one.update(id=str(one["id"])) for one in c["images"]),
+        *(one.update(image_id=str(one["image_id"])) for one in c["annotations"])]),
+    "ids of images in letters": ({"id_malformed", "unknown_image", "image_not_listed"}, lambda c, _: [
+        one.update(id=f"i{one['id']}") for one in c["images"]]),
+    "ids of categories as floats": ({"id_malformed"}, lambda c, _: [
+        *(one.update(id=float(one["id"])) for one in c["categories"]),
+        *(one.update(category_id=float(one["category_id"])) for one in c["annotations"])]),
+    "no file names": ({"file_name_malformed", "image_not_listed"}, lambda c, _: [
+        one.pop("file_name") for one in c["images"]]),
+    "category ids that start at 0": ({"unknown_category"}, lambda c, _: [
+        one.update(category_id=one["category_id"] - 3) for one in c["annotations"]]),
+    "no category has an annotation": ({"reference_malformed"}, lambda c, _: [
+        one.pop("category_id") for one in c["annotations"]]),
+    "endings in another case": ({"file_missing"}, lambda c, _: [
+        one.update(file_name=one["file_name"].upper().replace("A.", "a.").replace("B.", "b.")) for one in c["images"]]),
+    "boxes outside": ({"box_outside"}, lambda c, _: [one.update(bbox=[30, 30, 5, 5]) for one in c["annotations"]]),
+    "malformed boxes": ({"box_malformed"}, lambda c, _: [one.update(bbox=[1, 2]) for one in c["annotations"]]),
+    "an annotation twice": ({"duplicate_annotation"}, lambda c, _: c["annotations"].append(c["annotations"][1])),
 }  # fmt: skip
 BETWEEN_SPLITS = {"shared_picture", "category_mismatch"}
 
@@ -222,6 +260,30 @@ def test_a_fault_is_found_and_counted_and_training_refuses_what_the_sweep_does(
         assert len(list(CocoDetection(images, annotations))) == 2
 
 
+@pytest.mark.parametrize(("kinds", "change"), TOLD_ONCE.values(), ids=TOLD_ONCE)
+def test_one_fault_is_told_once(tmp_path: Path, kinds: set[str], change: Change) -> None:
+    checked = check_split(*write(tmp_path, change), decode=False)
+
+    assert {one.kind for one in checked.findings} == kinds
+    assert all(one.count > 0 for one in checked.findings)
+
+
+def test_what_another_split_lists_in_the_same_folder_is_no_finding(tmp_path: Path) -> None:
+    images, annotations = write(tmp_path, lambda c, i: (i / "c.png").write_bytes((i / "a.png").read_bytes()))
+    content = json.loads(annotations.read_text())
+    for name, chosen in (("train.json", 0), ("val.json", 1)):
+        part = content | {"images": [content["images"][chosen]], "annotations": [content["annotations"][chosen]]}
+        (tmp_path / name).write_text(json.dumps(part))
+    splits = [check_split(images, tmp_path / name, decode=False) for name in ("train.json", "val.json")]
+
+    counts = [
+        {one.kind: one.count for one in split.findings}.get("image_not_listed")
+        for split in (*splits, *compare_splits(*splits))
+    ]
+
+    assert counts == [2, 2, 1, 1]
+
+
 def test_every_kind_of_fault_is_in_the_table() -> None:
     assert {kind for kind, *_ in FAULTS.values()} | BETWEEN_SPLITS == set(KINDS)
 
@@ -237,7 +299,7 @@ def test_a_picture_and_categories_that_splits_do_not_share_rightly_are_found(tmp
     (another[0] / "b.png").write_bytes(same)
     val = check_split(*another)
 
-    found = {one.kind: one.examples[0].detail for one in compare_splits(train, val).findings}
+    found = {one.kind: one.examples[0].detail for one in compare_splits(train, val)[1].findings}
 
     assert set(found) == BETWEEN_SPLITS
     assert (

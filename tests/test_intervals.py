@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from detr_backbone.errors import EvaluationError
-from detr_backbone.evaluation.average_precision import STATS, average_precision
-from detr_backbone.evaluation.half_sampling import draw_weights, spreads_of
-from detr_backbone.evaluation.intervals import compare, resample_intervals
+from detr_backbone.evaluation.average_precision import average_precision
+from detr_backbone.evaluation.half_sampling import draw_weights, half_sampling
+from detr_backbone.evaluation.intervals import Comparison, Difference, Interval, compare, resample_intervals
 from detr_backbone.evaluation.matching import Matches, match
+from detr_backbone.evaluation.settings import COCO_SETTINGS, EvaluationSettings
 from detr_backbone.evaluation.simulation import simulate
-from tests.coco_sets import plain_pycocotools, random_set
-from tests.test_matching import matched
+from tests.coco_sets import matched, plain_pycocotools, random_set
 
 HALF = 51 / 101
 """AP when one of two objects is found first: precision 1 at the recalls 0, 0.01 .. 0.5 of 101."""
@@ -144,9 +144,10 @@ def test_classes_tell_together_how_much_too_high_their_mean_is() -> None:
         )
     ]
     matches = matched(content, found)
-    spreads = spreads_of(
+    estimates = half_sampling(
         lambda weights: average_precision(matches, weights),
         np.tile([4, 2, 1], (12, 1)),
+        is_recall=np.array([False] * 6 + [True] * 6),
         images=4,
         resamples=20_000,
         seed=0,
@@ -160,16 +161,16 @@ def test_classes_tell_together_how_much_too_high_their_mean_is() -> None:
     # of the five halves with dogs one holds two images of them, four hold one
     of_halves = [3 ** (-2 / 3), (3 ** (-2 / 3) + 4 * 2 ** (-2 / 3)) / 5]
     factor = sum(higher) / (of_halves[0] - law[0] + of_halves[1] - law[1])
-    assert spreads.estimates[[0, 12, 13, 14]].tolist() == pytest.approx([(cat + dog + 1) / 3, cat, dog, 1])
+    assert estimates.estimates[[0, 12, 13, 14]].tolist() == pytest.approx([(cat + dog + 1) / 3, cat, dog, 1])
     # standard errors: 0.002 of a mean of halves, by the factor 1 / (of_halves - law)
-    assert spreads.biases[0] == pytest.approx(factor * sum(law) / 3, abs=0.03)
-    assert spreads.biases[13] == pytest.approx(higher[1] * law[1] / (of_halves[1] - law[1]), abs=0.05)
-    assert np.isnan(spreads.biases[14])
-    assert spreads.freedom[12:14].tolist() == [3, 1]
+    assert estimates.biases[0] == pytest.approx(factor * sum(law) / 3, abs=0.03)
+    assert estimates.biases[13] == pytest.approx(higher[1] * law[1] / (of_halves[1] - law[1]), abs=0.05)
+    assert np.isnan(estimates.biases[14])
+    assert estimates.degrees_of_freedom[12:14].tolist() == [3, 1]
     of_dogs = np.std(dogs) ** 2
     of_cats = np.std(cats) ** 2
     expected = (of_cats + of_dogs) ** 2 / (of_cats**2 / 3 + of_dogs**2 / 1)
-    assert spreads.freedom[0] == pytest.approx(expected, rel=0.05)
+    assert estimates.degrees_of_freedom[0] == pytest.approx(expected, rel=0.05)
 
 
 def test_draws_are_halves_of_the_images_and_those_of_the_seed() -> None:
@@ -221,7 +222,7 @@ def test_a_class_in_one_image_or_of_which_halves_do_not_differ_has_no_interval()
         "1.000",
     ]
     assert str(difference).splitlines()[-1].split() == ["dog", "100.0", "100.0", "+0.0", "-"]
-    assert difference.per_class["dog"].sentence("AP") == "these images cannot tell a difference in AP"
+    assert difference.per_class["dog"].sentence("AP") == "too few images to compare AP"
 
 
 def test_every_number_has_an_interval_and_none_where_there_is_nothing_to_find() -> None:
@@ -229,7 +230,7 @@ def test_every_number_has_an_interval_and_none_where_there_is_nothing_to_find() 
 
     intervals = resample_intervals(matched(content, results), resamples=50)
 
-    assert tuple(intervals.stats) == STATS
+    assert tuple(intervals.stats) == COCO_SETTINGS.stat_names
     assert list(intervals.per_class) == ["class 0", "class 2", "class 3", "class 7", "class 90"]
     assert math.isnan(intervals.per_class["class 90"].low)
     assert str(intervals.per_class["class 90"]) == "-"
@@ -243,7 +244,7 @@ def test_a_detector_is_not_better_than_itself() -> None:
     difference = compare(matches, matches, resamples=50).stats["AP"]
 
     assert (difference.interval.low, difference.interval.high, difference.p) == (0, 0, 1)
-    assert difference.sentence("AP") == "no difference shown: B - A is +0.0 ± 0.0 AP (p = 1)"
+    assert difference.sentence("AP") == "no difference shown: B - A is +0.0 AP [+0.0, +0.0] (p = 1)"
 
 
 def test_a_better_detector_is_found_better_whichever_comes_first() -> None:
@@ -254,13 +255,13 @@ def test_a_better_detector_is_found_better_whichever_comes_first() -> None:
     forward, back = (compare(*pair, resamples=200) for pair in ((bad, good), (good, bad)))
 
     one, other = forward.stats["AP"], back.stats["AP"]
-    assert one.sentence("AP").startswith("B is better by ")
-    assert other.sentence("AP").startswith("A is better by ")
+    assert one.sentence("AP").startswith("B is better: B - A is +")
+    assert other.sentence("AP").startswith("A is better: B - A is -")
     assert one.p == pytest.approx(other.p)
     assert (one.interval.low, one.interval.high) == pytest.approx((-other.interval.high, -other.interval.low))
     assert one.b - one.a == pytest.approx(average_precision(good).stats[0, 0] - average_precision(bad).stats[0, 0])
     assert str(forward).splitlines()[0] == one.sentence("AP")
-    assert [line.split()[0] for line in str(forward).splitlines()[3:15]] == list(STATS)
+    assert [line.split()[0] for line in str(forward).splitlines()[3:15]] == list(COCO_SETTINGS.stat_names)
 
 
 def test_the_same_images_make_a_comparison_surer_than_two_intervals() -> None:
@@ -286,3 +287,23 @@ def test_detectors_on_other_images_are_not_compared() -> None:
 def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be "):
         resample_intervals(two_images(1), **wrong)
+
+
+def test_headline_and_table_of_a_comparison_show_one_difference_and_explain_one_outside_of_its_interval() -> None:
+    biased = Difference(a=0.4, b=0.43, interval=Interval(estimate=0.03, low=0.001, high=0.02), p=0.01)
+    plain = Difference(a=0.4, b=0.43, interval=Interval(estimate=0.03, low=-0.01, high=0.07), p=0.2)
+    comparison = Comparison(stats={"AP": biased, "AP50": plain}, per_class={}, level=0.95, resamples=2)
+
+    lines = str(comparison).splitlines()
+
+    assert lines[0] == "B is better: B - A is +3.0 AP [+0.1, +2.0] (p = 0.01)"
+    assert lines[3].split()[:5] == ["AP", "40.0", "43.0", "+3.0", "[+0.1,"]
+    assert [line.rpartition(": ")[2] for line in lines if "outside of the interval" in line] == ["AP"]
+
+
+def test_detectors_with_other_settings_are_not_compared() -> None:
+    content, results = random_set(np.random.default_rng(3))
+    loose = EvaluationSettings(iou_thresholds=(0.5,))
+
+    with pytest.raises(EvaluationError, match=r"not evaluated alike \| got IoU 0.5, "):
+        compare(matched(content, results, settings=loose), matched(content, results))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_backbone import IntermediateLayerGetter
-from tests.test_layer_getter import STRATEGIES
+from tests.small_networks import STRATEGIES
 
 IMAGES = torch.arange(8.0).view(2, 4) / 8
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detr_backbone import IntermediateLayerGetter
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "layer_getter.md").read_text(encoding="utf-8")
 # one small model of each family -> the strategies for its children and for layers inside them
 FAMILIES = {
     "alexnet": ("sequential", "graph"),
@@ -113,7 +113,7 @@ def test_each_family_returns_what_plain_hooks_catch(name: str, strategies: tuple
 
 
 @pytest.mark.sweep
-def test_every_model_returns_what_plain_hooks_catch_by_the_strategies_that_readme_counts() -> None:
+def test_every_model_returns_what_plain_hooks_catch_by_the_strategies_that_the_page_counts() -> None:
     names = torchvision.models.list_models(torchvision.models)
 
     children, inner = zip(*(strategies_checked(name) for name in names), strict=True)
@@ -121,4 +121,4 @@ def test_every_model_returns_what_plain_hooks_catch_by_the_strategies_that_readm
     for request, chosen in {"all children but the classifier": children, "layers inside of children": inner}.items():
         count = Counter(chosen)
         row = f"| {request} | {count['sequential']} | {count['graph']} | {count['hooks']} |"
-        assert row in README, f"{len(names)} models: {row}"
+        assert row in PAGE, f"{len(names)} models: {row}"

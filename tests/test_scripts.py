@@ -1,15 +1,18 @@
 """The commands that README shows, run as a user runs them."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
-from tests.conftest import ROOT, Command
+from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
 TINY = """
@@ -60,9 +63,9 @@ def test_two_processes_share_the_images_and_one_of_them_speaks(training: subproc
     assert training.stdout.count("images 5 of 5") == 1
 
 
-def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(process: Command, trained: Path, folder: Path) -> None:
+def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(script: Command, trained: Path, folder: Path) -> None:
     options = ("--checkpoint", str(trained), "--output", "evaluation", "--report", "r")
-    result = process(folder, str(SCRIPTS / "evaluate.py"), *options)
+    result = script(folder, "evaluate.py", *options)
 
     assert result.returncode == 0, result.stderr
     numbers = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
@@ -102,7 +105,7 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(script: Comman
     assert sorted(map(str, again)) == sorted(map(str, found))
 
 
-def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
+def test_two_detectors_are_compared(script: Command, folder: Path) -> None:
     truth = json.loads((folder / "shapes" / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     keys = ("image_id", "category_id", "bbox")
     found = [{key: entry[key] for key in keys} | {"score": 0.5} for entry in truth["annotations"]]
@@ -110,7 +113,7 @@ def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
     (folder / "none.json").write_text("[]", encoding="utf-8")
     options = ("--a", "none.json", "--b", "all.json", "--resamples", "20", "--output", "comparison.json")
     annotations = ("--annotations", "shapes/annotations/instances_val.json")
-    result = process(folder, str(SCRIPTS / "compare.py"), *annotations, *options)
+    result = script(folder, "compare.py", *annotations, *options)
 
     assert result.returncode == 0, result.stderr
     assert "A none.json\nB all.json\n5 images, 20 resamples\n" in result.stdout
@@ -119,9 +122,9 @@ def test_two_detectors_are_compared(process: Command, folder: Path) -> None:
     assert comparison["resamples"] == 20
 
 
-def test_predictions_are_written_as_json_and_pictures(process: Command, trained: Path, folder: Path) -> None:
+def test_predictions_are_written_as_json_and_pictures(script: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "2", "--threshold", "0.0", "--output", "found")
-    result = process(folder, str(SCRIPTS / "predict.py"), "--checkpoint", str(trained), *options)
+    result = script(folder, "predict.py", "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
     predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))
@@ -131,17 +134,17 @@ def test_predictions_are_written_as_json_and_pictures(process: Command, trained:
         assert picture.size == (448, 448)  # 64 pixels, enlarged to be legible
 
 
-def test_a_subset_is_written_and_evaluated(process: Command, trained: Path, folder: Path) -> None:
+def test_a_subset_is_written_and_evaluated(script: Command, trained: Path, folder: Path) -> None:
     source = ("--images", "shapes/val", "--annotations", "shapes/annotations/instances_val.json")
     chosen = ("--count", "2", "--categories", "star", "1", "rectangle", "--output", "two")
-    written = process(folder, str(SCRIPTS / "make_subset.py"), *source, *chosen)
+    written = script(folder, "make_subset.py", *source, *chosen)
 
     assert written.returncode == 0, written.stderr
     manifest = json.loads((folder / "two" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["options"]["categories"] == ["star", 1, "rectangle"]
     assert len(list((folder / "two" / "val").iterdir())) == manifest["images"] == 2
     options = ("--subset.count", "2", "--subset.categories", "[star, 1, rectangle]", "--output", "evaluated")
-    result = process(folder, str(SCRIPTS / "evaluate.py"), "--checkpoint", str(trained), *options)
+    result = script(folder, "evaluate.py", "--checkpoint", str(trained), *options)
     assert result.returncode == 0, result.stderr
     ids = manifest["image_ids_sha256"]
     words = f"2 of 5 images (with star or 1 or rectangle, seed 0, ids sha256 {ids[:12]})"
@@ -151,9 +154,9 @@ def test_a_subset_is_written_and_evaluated(process: Command, trained: Path, fold
     assert (numbers["images"], numbers["subset"], numbers["image_ids_sha256"]) == (2, words, ids)
 
 
-def test_a_look_inside_is_a_table_and_drawings(process: Command, trained: Path, folder: Path) -> None:
+def test_a_look_inside_is_a_table_and_drawings(script: Command, trained: Path, folder: Path) -> None:
     options = ("--images", "shapes/val", "--limit", "1", "--queries", "2", "--output", "look")
-    result = process(folder, str(SCRIPTS / "inspect_backbone.py"), "--checkpoint", str(trained), *options)
+    result = script(folder, "inspect_backbone.py", "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
     assert "trained deformable_detr on 000001" in result.stdout
@@ -173,6 +176,84 @@ def test_an_untrained_detr_can_be_looked_at_layer_by_layer(script: Command, fold
     assert "untrained detr on shapes000001" in result.stdout
     drawings = {path.stem for path in (folder / "untrained").glob("*.png")}
     assert drawings == {"levels", "shapes000001.queries", "shapes000001.backbone.0.body.layer1.0"}
+
+
+@pytest.fixture(scope="module")
+def cats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three annotated images, without image files, of classes that few consoles can show; detections."""
+    folder = tmp_path_factory.mktemp("cats")
+    boxes = [{"image_id": i, "category_id": 1, "bbox": [10, 10, 12 + i, 12]} for i in (1, 2, 3)]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2, 3)],
+        "categories": [{"id": 1, "name": "猫"}, {"id": 2, "name": "犬"}],
+        "annotations": [{"id": i, **box} for i, box in enumerate(boxes, start=1)],
+    }
+    (folder / "val.json").write_text(json.dumps(content), encoding="utf-8")
+    found = [{**box, "score": 0.5} for box in boxes]
+    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / "less.json").write_text(json.dumps(found[:2]), encoding="utf-8")
+    return folder
+
+
+TRUTH = ("--annotations", "val.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (("evaluate.py", "--detections", "found.json", *TRUTH, "--output", "o", "--intervals", "20"), "o/results.json"),
+        (("compare.py", "--a", "less.json", "--b", "found.json", *TRUTH, "--output", "c.json"), "c.json"),
+        (("check_data.py", "--images", ".", *TRUTH, "--decode", "false", "--output", "d.json"), "d.json"),
+    ],
+)
+def test_numbers_are_written_though_the_console_cannot_show_a_name(
+    script: Command, cats: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], written: str
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with contextlib.suppress(UnicodeEncodeError):
+        script(cats, *words)
+
+    assert json.loads((cats / written).read_text(encoding="utf-8"))
+
+
+def test_files_for_programs_say_their_unit_and_screens_show_percent(script: Command, cats: Path) -> None:
+    evaluated = script(cats, "evaluate.py", "--detections", "less.json", *TRUTH, "--output", "unit", "--intervals", "0")
+    compared = script(cats, "compare.py", "--a", "less.json", "--b", "found.json", *TRUTH, "--output", "unit.json")
+
+    results = json.loads((cats / "unit" / "results.json").read_text(encoding="utf-8"))
+    assert results["unit"].startswith("fractions of 1")
+    assert f"AP         {100 * results['stats']['AP']:.1f}\n" in evaluated.stdout
+    assert json.loads((cats / "unit.json").read_text(encoding="utf-8"))["unit"] == results["unit"]
+    assert re.search(r"^AP +66\.3  100\.0  \+33\.7", compared.stdout, re.MULTILINE)
+
+
+def test_thresholds_areas_and_detections_per_image_are_options_and_named_in_the_result(
+    script: Command, cats: Path
+) -> None:
+    settings = ("--iou_thresholds", "[0.3]", "--area_ranges", "{tiny: [0, 170]}", "--max_dets", "[1, 300]")
+    words = ("evaluate.py", "--detections", "found.json", *TRUTH, *settings)
+    result = script(cats, *words, "--output", "other", "--intervals", "20", "--backend", "matching")
+
+    assert result.returncode == 0, result.stderr
+    assert "settings IoU 0.3, areas tiny 0 to 170, at most 1, 300 detections" in result.stdout
+    results = json.loads((cats / "other" / "results.json").read_text(encoding="utf-8"))
+    assert list(results["stats"]) == ["AP", "AP30", "AP_tiny", "AR_1", "AR_300", "AR_tiny"]
+    assert results["settings"]["max_dets"] == [1, 300]
+    assert "--report shows COCO's settings" in script(cats, *words, "--report", "r").stderr
+
+
+def test_an_ignore_flag_is_handled_as_the_policy_of_an_evaluation_says(script: Command, cats: Path) -> None:
+    content = json.loads((cats / "val.json").read_text(encoding="utf-8"))
+    content["annotations"][2]["ignore"] = 1
+    (cats / "ignored.json").write_text(json.dumps(content), encoding="utf-8")
+    words = ("evaluate.py", "--detections", "less.json", "--annotations", "ignored.json", "--intervals", "0")
+
+    kept, crowd = (script(cats, *words, "--policies.ignore_flag", policy).stdout for policy in ("keep", "crowd"))
+
+    assert re.search(r"^AP +66\.3$", kept, re.MULTILINE)
+    assert "warning: annotation is marked to be ignored" in kept
+    assert re.search(r"^AP +100\.0$", crowd, re.MULTILINE)
+    assert "warning" not in crowd
 
 
 @pytest.mark.parametrize(

@@ -155,4 +155,4 @@ def test_a_dropped_segmentation_takes_its_annotation_along_and_is_counted() -> N
     )
 
     assert sorted(annotations.annotation_ids.tolist()) == [1, 3]
-    assert annotations.findings == {"segmentation_malformed": 1}
+    assert annotations.findings["segmentation_malformed"] == 1

@@ -160,7 +160,9 @@ def test_a_subset_holds_its_images_with_all_that_is_theirs() -> None:
 def test_every_field_of_the_annotations_is_taken_by_image_or_by_annotation_or_kept() -> None:
     chosen = only(WHOLE, [3])
     lengths = {
-        f.name: len(getattr(chosen, f.name)) for f in fields(chosen) if f.name not in ("source", "part", "findings")
+        f.name: len(getattr(chosen, f.name))
+        for f in fields(chosen)
+        if f.name not in ("source", "part", "findings", "warnings")
     }
 
     per_image = {"image_ids", "file_names", "sizes"}
@@ -358,3 +360,27 @@ def test_a_subset_of_everything_and_pictures_from_nowhere_are_refused(source: Pa
         write(source, config=SubsetConfig())
     with pytest.raises(ConfigError, match="`images` must be given unless `pictures` is 'none', got None and 'copy'"):
         write(source, images=None, pictures="copy")
+
+
+NUMBERED = parse_annotations(
+    {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 9, "height": 9} for i in (1, 2, 3)],
+        "categories": [{"id": 1, "name": "7"}, {"id": 2, "name": "1"}, {"id": 3, "name": "cat"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": i, "bbox": [1, 1, 4, 4]} for i in (1, 2, 3)],
+    },
+    source="numbered.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("category", "image"),
+    [("id:1", 1), ("name:1", 2), (2, 2), ("2", 2), (7, 1), ("7", 1), ("name:7", 1), ("id:3", 3), ("cat", 3)],
+)
+def test_a_category_is_chosen_by_id_or_name_also_where_names_are_numbers(category: int | str, image: int) -> None:
+    assert take_subset(NUMBERED, SubsetConfig(categories=(category,))).image_ids.tolist() == [image]
+
+
+@pytest.mark.parametrize("category", [1, "1"])
+def test_a_number_that_is_an_id_and_the_name_of_another_category_is_refused(category: int | str) -> None:
+    with pytest.raises(ConfigError, match=r"key=subset.categories \| got .* expected 'id:1' or 'name:1'"):
+        take_subset(NUMBERED, SubsetConfig(categories=(category,)))

@@ -271,7 +271,7 @@ def test_other_data_behind_the_same_path_is_refused_and_moved_data_taken(shapes:
     train(config)
 
     moved = twelve_steps(tmp_path / "data", tmp_path / "run", resume=True, optimizer=config.optimizer)
-    train(replace(moved, data=replace(moved.data, timeout=3, eval_backend="hotcoco")))
+    train(replace(moved, data=replace(moved.data, timeout=3, eval_backend="matching")))
     (tmp_path / "data").unlink()
     draw_shapes(tmp_path / "data", train=12, val=4, image_size=64, seed=1)
     with pytest.raises(CheckpointError, match=r"keeps its data \| where: key=data.train file=.*instances_train.json"):

@@ -64,7 +64,7 @@ class Backbone(BackboneBase):
         trained = survey.after_first_stage(return_layers) if train_layers is None else train_layers
         if norm == "group" and weights is not None:
             raise ConfigError(
-                f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm has no place for their statistics"
+                f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm does not hold their statistics"
             )
         set_norm(network, norm, train_layers=trained)
         if train_layers is None:  # frozen norms have nothing to train

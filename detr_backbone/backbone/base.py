@@ -1,7 +1,7 @@
 """Feature levels of a network with their masks: what every backbone of a detector is."""
 
 from collections.abc import Sequence
-from typing import Self, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from detr_backbone.padding.plan import Batching, choose_plan
 Model = TypeVar("Model", bound=nn.Module)
 
 TRAINED_STAGES = ("layer2", "layer3", "layer4")
-"""What DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
+"""The stages that DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
 
 
 class BackboneBase(nn.Module):
@@ -81,7 +81,7 @@ class BackboneBase(nn.Module):
         if padding not in ("exact", "zeros"):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
         self.padding = padding
-        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self._channels_last = channels_last
         self._passes: PerThread[Pass] = PerThread()
         self._structure: Structure | None = None
         self.batching: Batching = "padded" if padding == "zeros" else "masked"
@@ -149,12 +149,15 @@ class BackboneBase(nn.Module):
         given = as_nested_tensor(images, sizes)
         batch = self.pad(given)
         with self._passes.set(self._pass_over(batch, folds=folds)):
-            outputs = self.body(batch.tensors.to(memory_format=self._memory_format))
+            memory_format = torch.channels_last if self._channels_last else torch.preserve_format
+            outputs = self.body(batch.tensors.to(memory_format=memory_format))
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
             cells = as_map(output, layout, size_of(batch.tensors))
-            ((h, w),) = valid_sizes([size_of(given.tensors)], layout.stride)
-            levels[name] = feature_level(cells[:, :, :h, :w], given, stride=layout.stride, padding=self.padding)
+            if self.size_divisor > 1:
+                ((h, w),) = valid_sizes([size_of(given.tensors)], layout.stride)
+                cells = cells[:, :, :h, :w]
+            levels[name] = feature_level(cells, given, stride=layout.stride, padding=self.padding)
         return levels
 
     def pad(self, images: Images) -> NestedTensor:
@@ -175,6 +178,11 @@ class BackboneBase(nn.Module):
         if mode and self._is_folded_for_inference:
             raise ConfigError("a backbone that is folded for inference does not train; build it again")
         return super().train(mode)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise ConfigError(
+            "`torch.jit.script` must not be used on a backbone; use torch.compile, or detr_backbone.export"
+        )
 
     def _choose_layers(
         self, backbone: nn.Module, return_layers: Sequence[str], train_layers: Sequence[str]

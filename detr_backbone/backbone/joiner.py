@@ -52,7 +52,7 @@ class Joiner(nn.Sequential):
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """A backbone by name.
+    """Configuration of a backbone and its position encoding.
 
     Args:
         name: a model of torchvision, such as resnet50, or of timm, such as timm/tf_efficientnet_lite0.
@@ -88,7 +88,7 @@ class BackboneConfig:
 
 
 def build_backbone(config: BackboneConfig) -> Joiner:
-    """The backbone that `config` describes.
+    """Return the backbone that `config` describes.
 
     Raises:
         ConfigError: an unknown name, or options that contradict each other.

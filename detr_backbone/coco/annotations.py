@@ -1,8 +1,8 @@
-"""A COCO annotation file, checked from end to end and packed into arrays.
+"""A COCO annotation file, checked as a whole and packed into arrays.
 
-Every later part may rely on what is checked here: ids are integers and unique, every annotation belongs to an image and
-a category of the same file, every box is four finite numbers. Arrays instead of dicts, because the pages of an array
-stay shared between the workers of a DataLoader, while counting the references of a dict's values copies them.
+Later code relies on what is checked here: ids are integers and unique, every annotation belongs to an image and a
+category of the same file, every box is four finite numbers. Arrays instead of dicts, because the memory pages of an
+array stay shared between the workers of a DataLoader, while reference counts of a dict's values copy them.
 
 Source: https://cocodataset.org/#format-data
 """
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from detr_backbone.coco.findings import DEFAULT_POLICIES, KINDS, DataPolicies, Findings
 from detr_backbone.coco.rules import Content, examine_content
 from detr_backbone.coco.segmentations import Packer, Segmentations
+from detr_backbone.coco.typed_arrays import BoolArray, FloatArray, IntArray
 from detr_backbone.errors import AnnotationError
 
 MAX_BYTES = 8 * 2**30
@@ -31,12 +32,13 @@ MAX_BYTES = 8 * 2**30
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 _NUMBERS = r"\[[-+0-9.eE,\s]*\]"
 _POLYGONS = re.compile(rf'("segmentation":\s*\[)\s*{_NUMBERS}(?:\s*,\s*{_NUMBERS})*\s*(?=\])')
-_TARGETS_ONLY = ("box_outside", "box_without_area")  # what is dropped for training, but not from the evaluation
+_TARGETS_ONLY = ("box_outside", "box_without_area")  # dropped for training, but not from the evaluation
+_MISLEADING = ("area_mismatch", "ignore_flag", "duplicate_box", "federated")  # AP is lower or higher than it should be
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CocoAnnotations:
-    """What a detector needs from a COCO file: I images in the order of their ids, K classes, N annotations by image.
+    """The content of a COCO file for a detector: I images in the order of their ids, K classes, N annotations by image.
 
     Attributes:
         source: the file, as errors name it.
@@ -46,57 +48,59 @@ class CocoAnnotations:
         category_ids: the category id of each label 0 .. K - 1, ascending.
         category_names: the name of each label; a name that several categories share gets its id added.
         annotation_ids: int64 [N].
-        image_index: int64 [N], ascending: the place of the annotation's image in `image_ids`.
+        image_index: int64 [N], ascending: the index of the annotation's image in `image_ids`.
         labels: int64 [N], 0 .. K - 1.
         boxes: float64 [N, 4] as in the file, xywh in pixels, neither side negative.
         areas: float64 [N], the file's `area`, or that of the box where the file gives none.
         is_crowd: bool [N].
         segmentations: the masks of the annotations, where they were asked for.
-        findings: how many faults of each kind the file has that policies let through, by dropping the annotations,
-            clipping the boxes, or with a warning.
-        part: which images of the file these are, in words; empty for all of them.
+        findings: the number of faults of each kind that the policies let through, by dropping annotations, clipping
+            boxes, or with a warning.
+        warnings: the findings with which an AP is misleading, each in a line.
+        part: a description of the subset of the file; empty for all of it.
     """
 
     source: str
-    image_ids: npt.NDArray[np.int64]
+    image_ids: IntArray
     file_names: npt.NDArray[np.str_]
-    sizes: npt.NDArray[np.int64]
+    sizes: IntArray
     category_ids: tuple[int, ...]
     category_names: tuple[str, ...]
-    annotation_ids: npt.NDArray[np.int64]
-    image_index: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.float64]
-    areas: npt.NDArray[np.float64]
-    is_crowd: npt.NDArray[np.bool_]
+    annotation_ids: IntArray
+    image_index: IntArray
+    labels: IntArray
+    boxes: FloatArray
+    areas: FloatArray
+    is_crowd: BoolArray
     segmentations: Segmentations | None = None
     findings: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     part: str = ""
 
 
 def load_annotations(
     path: Path | str, *, segmentations: bool = False, policies: DataPolicies = DEFAULT_POLICIES
 ) -> CocoAnnotations:
-    """The checked content of a COCO annotation file.
+    """Return the checked content of a COCO annotation file.
 
     Args:
         path: the file.
         segmentations: fill `CocoAnnotations.segmentations`. Without, the numbers of polygons are not even parsed, which
             takes most of the time.
-        policies: what is done about faults that need not be refused.
+        policies: how faults are handled that need not be refused.
 
     Raises:
         AnnotationError: the file cannot be read, is no JSON, or contradicts itself or the COCO format.
     """
     packer = Packer() if segmentations else None
-    with no_collection():
+    with pause_garbage_collection():
         return assemble(examine_content(read_content(path, packer=packer), source=str(path), packer=packer), policies)
 
 
 def parse_annotations(
     content: Any, *, source: str, segmentations: bool = False, policies: DataPolicies = DEFAULT_POLICIES
 ) -> CocoAnnotations:
-    """The same from a parsed file; `source` is what errors call it.
+    """Return the checked content of a parsed file, which errors call `source`.
 
     Raises:
         AnnotationError: the content contradicts itself or the COCO format.
@@ -106,32 +110,32 @@ def parse_annotations(
 
 
 def refuse(findings: Sequence[Findings], policies: DataPolicies = DEFAULT_POLICIES) -> None:
-    """Raise the first finding that the policies do not let through, as AnnotationError or DataError."""
+    """Raise the first finding that the policies refuse, as AnnotationError or DataError."""
     for one in findings:
         if policies.action(one.kind) == "error":
             raise one.examples[0].error
 
 
 def read_json(path: Path | str) -> Any:
-    """What a UTF-8 JSON file holds, with or without a byte order mark; NaN and Infinity are no JSON.
+    """Return the content of a UTF-8 JSON file, with or without a byte order mark; NaN and Infinity are refused.
 
     Raises:
         AnnotationError: naming the file, and the line and column where it stops being JSON.
     """
-    return _parsed(_text(path), path)
+    return _parse(_read_text(path), path)
 
 
 def read_content(path: Path | str, *, packer: Packer | None = None) -> Any:
-    """What a COCO file holds, its segmentations in a packer; without one, polygons are left out.
+    """Return the content of a COCO file, its segmentations in a packer; without one, polygons are left out.
 
     Raises:
         AnnotationError: as `read_json`.
     """
     if packer is None:
-        text = _POLYGONS.sub(r"\1", _text(path))
+        text = _POLYGONS.sub(r"\1", _read_text(path))
         try:
             return json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):  # the whole text knows line and column
+        except (ValueError, RecursionError):  # the error needs line and column of the whole text
             return read_json(path)
 
     def pack(record: dict[str, Any]) -> dict[str, Any]:
@@ -139,26 +143,28 @@ def read_content(path: Path | str, *, packer: Packer | None = None) -> Any:
             record["segmentation"] = packer.pack(record["segmentation"])
         return record
 
-    return _parsed(_text(path), path, pack)
+    return _parse(_read_text(path), path, pack)
 
 
 def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
-    """The arrays of an examined file.
+    """Return the arrays of an examined file.
 
     Raises:
-        AnnotationError: something was found that the policies refuse.
+        AnnotationError: a finding that the policies refuse.
     """
     refuse(content.findings, policies)
     images, table = content.images, content.annotations
-    kept = np.ones(len(table.ids), np.bool_)
+    keep, is_crowd = np.ones(len(table.ids), np.bool_), table.is_crowd.copy()
     for one in content.findings:
         if policies.action(one.kind) == "drop" and one.kind not in _TARGETS_ONLY:
-            kept[one.rows] = False
+            keep[one.rows] = False
+        elif policies.action(one.kind) == "crowd":
+            is_crowd[one.rows] = True
     order = np.argsort(images.ids)
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    rows = np.flatnonzero(kept)
-    rows = rows[np.argsort(places[table.images[rows]], kind="stable")]
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    rows = np.flatnonzero(keep)
+    rows = rows[np.argsort(position[table.images[rows]], kind="stable")]
     ids = sorted(content.categories)
     names = content.categories
     shared = Counter(names.values())
@@ -170,21 +176,26 @@ def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
         category_ids=tuple(ids),
         category_names=tuple(names[i] if shared[names[i]] == 1 else f"{names[i]} (id {i})" for i in ids),
         annotation_ids=table.ids[rows],
-        image_index=places[table.images[rows]],
+        image_index=position[table.images[rows]],
         labels=table.categories[rows],
         boxes=table.boxes[rows],
         areas=table.areas[rows],
-        is_crowd=table.is_crowd[rows],
+        is_crowd=is_crowd[rows],
         segmentations=table.segmentations and table.segmentations.take(rows),
         findings={
             one.kind: one.count
             for one in content.findings
             if KINDS[one.kind].severity != "note" or policies.action(one.kind)
         },
+        warnings=tuple(
+            f"{KINDS[one.kind].what}: {one.count} | fix: {KINDS[one.kind].fix}"
+            for one in content.findings
+            if one.kind in _MISLEADING and policies.action(one.kind) not in ("drop", "crowd")
+        ),
     )
 
 
-def _text(path: Path | str) -> str:
+def _read_text(path: Path | str) -> str:
     try:
         if (size := Path(path).stat().st_size) > MAX_BYTES:
             raise AnnotationError(
@@ -195,7 +206,7 @@ def _text(path: Path | str) -> str:
         raise AnnotationError(f"file cannot be read as UTF-8 text | where: file={path} | got {error}") from error
 
 
-def _parsed(text: str, path: Path | str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def _parse(text: str, path: Path | str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     def refuse(constant: str) -> NoReturn:
         start = next(match.start(1) for match in _STRING_OR_CONSTANT.finditer(text) if match[1])
         raise json.JSONDecodeError(f"{constant} is not a number", text, start)
@@ -214,8 +225,8 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Without the search, which walks through a growing tree again and again: a third of the time it takes to grow."""
+def pause_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector, which takes a third of the time while millions of objects are created."""
     enabled = gc.isenabled()
     gc.disable()
     try:

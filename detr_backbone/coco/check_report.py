@@ -1,4 +1,4 @@
-"""What a sweep of a dataset found: as a table to read, and as plain dicts to keep."""
+"""The findings about a dataset as a table to read, and as plain dicts for a file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,22 +7,24 @@ from typing import Any
 from detr_backbone.coco.findings import KINDS, DataPolicies, Findings, Severity, fix_of
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-_DONE = {"drop": "; dropped", "clamp": "; clipped"}
-_SHOWN = 3  # examples in the table; the JSON report has all that are worded
+_DONE = {"drop": "; dropped", "clamp": "; clipped", "crowd": "; taken as crowds"}
+_SHOWN = 3  # examples in the table; the JSON report has all of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedSplit:
-    """One annotation file and its pictures, examined.
+    """The findings about one annotation file and its image files.
 
     Attributes:
-        name: what the report calls it.
+        name: of the split, in the report.
         annotations: the annotation file.
         num_images: entries of its list of images.
         num_annotations: entries of its list of annotations.
         categories: category id -> name.
-        findings: everything found, one entry for each kind.
-        pictures: digest of the bytes of each picture that was opened -> its path.
+        findings: one entry for each kind of fault.
+        image_paths: digest of the bytes of each image file that was read -> its path.
+        folder: of the image files.
+        unlisted: image files in it that the annotation file does not name.
     """
 
     name: str
@@ -31,16 +33,18 @@ class CheckedSplit:
     num_annotations: int
     categories: Mapping[int, str]
     findings: Sequence[Findings]
-    pictures: Mapping[bytes, str]
+    image_paths: Mapping[bytes, str]
+    folder: str
+    unlisted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What a sweep found.
+    """The findings about the splits of a dataset.
 
     Attributes:
-        splits: the examined splits.
-        policies: what loading would do about it.
+        splits: the checked splits.
+        policies: how loading would handle them.
         segmentations: whether segmentations will be used; their faults are errors only then.
     """
 
@@ -49,18 +53,18 @@ class DataReport:
     segmentations: bool
 
     def severity(self, kind: str) -> Severity:
-        """How bad a kind is under the policies: what loading refuses is an error, what it drops is a warning."""
+        """Return the severity of a kind under the policies: error if loading refuses it, warning if it drops it."""
         if kind.startswith("segmentation_") and not self.segmentations:
             return "note" if kind == "segmentation_missing" else "warning"
         action = self.policies.action(kind)
         return "error" if action == "error" else "warning" if action == "drop" else KINDS[kind].severity
 
     def count(self, severity: Severity) -> int:
-        """How many kinds of faults are of this severity, over all splits."""
+        """Return how many kinds of faults are of this severity, over all splits."""
         return sum(self.severity(one.kind) == severity for _, one in self._sorted())
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain dicts and lists, to be written as JSON."""
+        """Return the report as plain dicts and lists, to be written as JSON."""
         return {
             **{f"{severity}s": self.count(severity) for severity in _SEVERITIES},
             "splits": {
@@ -88,14 +92,14 @@ class DataReport:
         }
 
     def table(self) -> str:
-        """The report as lines of text, the worst first."""
+        """Return the report as lines of text, the worst first."""
         lines = [
             f"{split.name}: {split.num_images} images, {split.num_annotations} annotations, "
             f"{len(split.categories)} categories in {split.annotations}"
             for split in self.splits
         ]
         indent = " " * 25
-        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind" if self._sorted() else "\nnothing found")
+        lines.append(f"\n{'severity':8} {'split':6} {'count':>7}  kind" if self._sorted() else "\nno faults")
         for split, one in self._sorted():
             kind = KINDS[one.kind]
             done = _DONE.get(self.policies.action(one.kind), "")
@@ -112,7 +116,7 @@ class DataReport:
         return "\n".join([*lines, f"\n{sums}: {verdict}"])
 
     def _fix(self, kind: str) -> str:
-        """How to mend a kind; what is no error needs no policy."""
+        """Return how to correct a kind; only an error needs a policy."""
         return fix_of(kind) if self.severity(kind) == "error" else KINDS[kind].fix
 
     def _sorted(self) -> list[tuple[CheckedSplit, Findings]]:

@@ -1,7 +1,7 @@
 """COCO images and their boxes as samples for a detector.
 
-What can be wrong with a dataset is found when it is opened, not in the middle of an epoch; only what needs the pixels
-waits until an image is read. Every error names the file, the image and the annotation it is about.
+A dataset is checked when it is opened, not in the middle of an epoch; only checks of pixels wait until an image is
+read. Every error names the file, the image and the annotation.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,29 +9,29 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from detr_backbone.coco.annotations import CocoAnnotations, load_annotations, refuse
-from detr_backbone.coco.boxes import MOVED_TOLERANCE, clip
-from detr_backbone.coco.files import examine_files
+from detr_backbone.coco.box_clipping import MOVED_TOLERANCE, clip
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
+from detr_backbone.coco.image_files import examine_files
 from detr_backbone.coco.images import read_image
+from detr_backbone.coco.typed_arrays import IntArray
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list, pad_to_multiple
 
 
 class Target(TypedDict):
-    """What is known about one image; N boxes, none for an image without annotations."""
+    """The ground truth of one image; N boxes, none for an image without annotations."""
 
     boxes: Tensor
-    """float32 [N, 4]: xyxy in pixels as read; after the transforms cxcywh as a share of the image."""
+    """float32 [N, 4]: xyxy in pixels as read; after the transforms cxcywh in fractions of the image."""
     labels: Tensor
     """int64 [N], 0 .. K - 1; `CocoDetection.category_ids` gives the dataset's own ids."""
     image_id: int
     orig_size: Size
-    """(h, w) of the picture in the file, upright."""
+    """(h, w) of the image in the file, upright."""
     size: Size
     """(h, w) after the transforms."""
 
@@ -39,16 +39,16 @@ class Target(TypedDict):
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """Images of a folder with the boxes of a COCO file, in the order of their image ids.
 
-    Crowd annotations are left out of the targets: they are regions to ignore, and only the evaluation knows how. So are
-    boxes without area, which hold nothing to find; boxes that reach outside their image are clipped to it.
-    `dropped_boxes` and `clipped_boxes` count them.
+    Crowd annotations are left out of the targets: they are regions to ignore, which the evaluation does. So are boxes
+    without area; boxes that reach outside their image are clipped to it. `dropped_boxes` and `clipped_boxes` count
+    them.
 
     Args:
-        images: the folder of the pictures. Links that lead out of it are refused.
-        annotations: the COCO annotation file, or what was read from it, such as a subset.
-        transforms: called with image and target, gives both back; see `detr_backbone.coco.transforms`. Without, the
+        images: the folder of the images. Links that lead out of it are refused.
+        annotations: the COCO annotation file, or its checked content, such as a subset.
+        transforms: called with image and target, returns both; see `detr_backbone.coco.transforms`. Without, the
             image is a `tv_tensors.Image` of uint8 [3, h, w].
-        policies: what is done about faults that need not be refused.
+        policies: how faults are handled that need not be refused.
 
     Attributes:
         annotations: the checked annotations.
@@ -57,7 +57,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         category_names: the name of each label.
         categories: category id -> name, in the order of the labels.
         num_classes: K.
-        findings: how many faults of each kind were let through, by dropping, clipping, or with a warning.
+        findings: the number of faults of each kind that were let through, by dropping, clipping, or with a warning.
 
     Raises:
         AnnotationError: the annotation file contradicts itself, the COCO format, or the folder.
@@ -104,8 +104,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     @property
-    def boxes_per_image(self) -> npt.NDArray[np.int64]:
-        """How many boxes the target of each index holds before the transforms, int64 [len(self)]."""
+    def boxes_per_image(self) -> IntArray:
+        """The number of boxes of each index before the transforms, int64 [len(self)]."""
         return np.diff(self._ends)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
@@ -113,7 +113,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
         height, width = self.annotations.sizes[index].tolist()
         path = self._images / str(self.annotations.file_names[index])
-        picture = read_image(path, size=(height, width), image_id=self.image_ids[index])
+        decoded = read_image(path, size=(height, width), image_id=self.image_ids[index])
         mine = slice(self._ends[index], self._ends[index + 1])
         boxes = torch.from_numpy(self._boxes[mine].astype(np.float32))
         target = Target(
@@ -123,18 +123,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             orig_size=(height, width),
             size=(height, width),
         )
-        image = tv_tensors.Image(picture)
+        image = tv_tensors.Image(decoded)
         return (image, target) if self.transforms is None else self.transforms(image, target)
 
 
 def collate(
     samples: Sequence[tuple[Tensor, Target]], *, pad_to_multiple_of: int = 1
 ) -> tuple[NestedTensor, list[Target]]:
-    """Samples as one padded batch with its targets; the `collate_fn` of a DataLoader.
+    """Return samples as one padded batch with its targets; the `collate_fn` of a DataLoader.
 
     Args:
         samples: as `CocoDetection` gives them, transformed.
-        pad_to_multiple_of: divides the sides of the batch, so that batches have few sizes.
+        pad_to_multiple_of: the sides of the batch are padded to multiples of it, so that batches have few sizes.
 
     >>> target = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0), image_id=7, orig_size=(4, 6), size=(4, 6))
     >>> images, targets = collate([(torch.zeros(3, 4, 6), target), (torch.zeros(3, 5, 2), target)])

@@ -1,7 +1,7 @@
-"""What can be wrong with a dataset: one table of kinds, what each of them means, and what is done about it.
+"""The faults that a dataset may have: a table of their kinds, and how each is handled.
 
-Everything that checks data yields findings: loading raises the first one that is refused, and a sweep of a whole
-dataset collects them all.
+Every check returns findings: loading raises the first one that is refused, and a check of a whole dataset collects
+them all.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,25 +9,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from detr_backbone.coco.typed_arrays import BoolArray, IntArray
 from detr_backbone.errors import AnnotationError, ConfigError, DataError, DetrBackboneError
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
-Rows: TypeAlias = npt.NDArray[np.int64]
 EXAMPLES = 5
-"""Offenders of one kind that are put into words; the others are counted."""
+"""Faults of one kind that are described; all are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What all faults of one kind have in common.
+    """A kind of fault.
 
     Attributes:
         what: the fault, as the first words of its message.
-        fix: how to mend it; empty where the message says it all.
-        severity: "error" is refused, unless a policy says otherwise; "warning" deserves a look; "note" is told.
-        error: what is raised.
+        fix: how to correct it; empty where the message suffices.
+        severity: "error" is refused, unless a policy says otherwise; "warning" should be looked at; "note" is listed.
+        error: the exception that is raised.
     """
 
     what: str
@@ -40,28 +39,46 @@ KINDS: Mapping[str, Kind] = {
     # the annotation file
     "file_unreadable": Kind(what="annotation file cannot be read"),
     "structure": Kind(what="file is not a COCO dataset"),
-    "no_images": Kind(what="dataset has no images", fix="look whether it is the right file", error=DataError),
+    "no_images": Kind(what="dataset has no images", fix="check whether it is the right file", error=DataError),
     "id_malformed": Kind(what="entry has no integer id", fix="number the entries"),
     "duplicate_image": Kind(what="image id is used twice", fix="give every image an id of its own"),
+    "federated": Kind(
+        what="image was annotated for some categories only",
+        fix="evaluate with the dataset's own tools: COCO's AP takes objects without annotation as false positives",
+        severity="warning",
+    ),
     "file_name_malformed": Kind(what="image has no file name"),
     "image_size_malformed": Kind(what="image has no size"),
     "duplicate_category": Kind(what="category id is used twice"),
     "category_name_malformed": Kind(what="category has no name"),
-    "reference_malformed": Kind(
-        what="annotation does not say what it belongs to", fix="write ids as integers, not as text"
-    ),
+    "reference_malformed": Kind(what="annotation has no valid reference", fix="write ids as integers, not as text"),
     "unknown_image": Kind(what="annotation of an unknown image"),
     "unknown_category": Kind(what="annotation of an unknown category"),
     "duplicate_annotation": Kind(what="annotation id is used twice", fix="renumber the annotations"),
     "box_malformed": Kind(what="box is malformed"),
     "box_negative": Kind(what="box has a negative side", fix="write x, y, w, h instead of two corners"),
     "area_malformed": Kind(what="area is not a size"),
+    "area_mismatch": Kind(
+        what="area contradicts the box",
+        fix="remove `area`, so that the box's is used; AP by size depends on it",
+        severity="warning",
+    ),
     "crowd_malformed": Kind(what="iscrowd is not a flag"),
+    "ignore_flag": Kind(
+        what="annotation is marked to be ignored, and is not",
+        fix="set the policy ignore_flag to crowd, to drop, or leave it at keep, as pycocotools does",
+        severity="warning",
+    ),
+    "duplicate_box": Kind(
+        what="box is annotated twice",
+        fix="remove one, or set the policy duplicate_box to drop",
+        severity="warning",
+    ),
     "box_outside": Kind(what="box lies outside its image"),
     "box_partly_outside": Kind(what="box reaches outside its image", severity="note"),
     "boxes_moved": Kind(
         what="many boxes reach far outside their images",
-        fix="compare the stated sizes with the pictures, and the boxes with x, y, w, h in pixels",
+        fix="compare the stated sizes with the image files, and the boxes with x, y, w, h in pixels",
         severity="warning",
     ),
     "box_without_area": Kind(what="box has no area", severity="warning"),
@@ -70,59 +87,74 @@ KINDS: Mapping[str, Kind] = {
     "segmentation_far": Kind(what="segmentation leaves its image"),
     "segmentation_size": Kind(what="encoded mask is not of the size of its image"),
     "segmentation_counts": Kind(what="encoded mask is not filled by its runs"),
-    # the files of the pictures
+    # the image files by name
     "path_outside": Kind(
         what="file name leads out of the images folder", fix="name files relative to the folder, and move them into it"
     ),
-    "file_missing": Kind(what="image files are missing", fix="check the folder", error=DataError),
+    "file_missing": Kind(
+        what="image files are missing",
+        fix="check the folder; if names nearly match, check_data.py --rename writes a corrected annotation file",
+        error=DataError,
+    ),
     "duplicate_file": Kind(what="images share a file", fix="merge their annotations", severity="warning"),
     "file_name_not_text": Kind(what="file name is not UTF-8 text", fix="rename the file", severity="warning"),
-    # the pictures
+    # the content of the image files
     "picture_unreadable": Kind(
-        what="picture cannot be read", fix="replace the file, or take its image out of the annotations", error=DataError
+        what="image file cannot be read",
+        fix="replace the file, or remove its entry",
+        error=DataError,
     ),
-    "picture_too_large": Kind(what="picture is too large", fix="downscale it", error=DataError),
+    "picture_too_large": Kind(what="image is too large", fix="downscale it", error=DataError),
     "picture_size": Kind(
-        what="stated size is not that of the picture", fix="state its own, or restore the picture that was annotated"
+        what="stated size is not that of the image file",
+        fix="state that of the file, or restore the annotated file",
     ),
     "picture_rotated": Kind(
-        what="picture is stored rotated", fix="look at its boxes, or store it upright", severity="warning"
+        what="image is stored rotated", fix="check its boxes, or store it upright", severity="warning"
     ),
     "picture_16_bit": Kind(what="16-bit grey is scaled by 1/257", severity="note"),
     "picture_alpha": Kind(
-        what="transparency is dropped", fix="store the picture on the background it shall have", severity="warning"
+        what="transparency is dropped", fix="store the image on the background that it should have", severity="warning"
     ),
-    "picture_mode": Kind(what="picture is converted to RGB", severity="note"),
+    "picture_mode": Kind(what="image is converted to RGB", severity="note"),
     "picture_shape": Kind(
-        what="picture is tiny or extremely long", fix="see whether its objects can be found at all", severity="warning"
+        what="image is tiny or extremely long",
+        fix="check whether its objects can be detected",
+        severity="warning",
     ),
     "duplicate_picture": Kind(
-        what="files hold the same picture", fix="keep one, with the boxes of all", severity="warning"
+        what="image files are identical", fix="keep one, with the boxes of all", severity="warning"
     ),
     "shared_picture": Kind(
-        what="train and val share a picture", fix="keep it in one of them; the AP is too good", severity="warning"
+        what="train and val share an image", fix="keep it in one of them; otherwise AP is too high", severity="warning"
     ),
-    # what a detector is made for
+    "image_not_listed": Kind(
+        what="image files are not in the annotation file", fix="list them, if they belong to it", severity="warning"
+    ),
+    # what training and evaluation make of it
     "category_mismatch": Kind(what="train and val have other categories", error=ConfigError),
-    "category_gaps": Kind(what="category ids have gaps, labels count without", severity="note"),
-    "category_unused": Kind(what="category has no boxes to learn from", severity="warning"),
+    "category_gaps": Kind(what="category ids have gaps, labels have none", severity="note"),
+    "category_unused": Kind(what="category has no boxes to train on", severity="warning"),
     "duplicate_category_name": Kind(what="categories share a name", fix="merge or rename them", severity="warning"),
+    "category_named_by_number": Kind(
+        what="category is named by a number", fix="choose it as name:N, and others as id:N", severity="note"
+    ),
     "image_without_boxes": Kind(what="image has no boxes", severity="note"),
     "image_crowd_only": Kind(what="image has only crowds, which are not trained on", severity="note"),
     "more_boxes_than_queries": Kind(
         what="image has more boxes than queries", fix="raise detector.num_queries", severity="warning"
     ),
 }
-"""Every kind by its name, in the order in which they are looked for."""
+"""Every kind by its name, in the order of the checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPolicies:
-    """What is done about a fault: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box.
+    """Policies for the faults: "error" refuses the file, "drop" leaves the annotation out, "clamp" clips the box.
 
-    "warn" only says so. Whatever is dropped or clamped is counted in the log of the training. A box that is outside,
-    partly outside or without area is dropped or clamped for training only: the evaluation takes every box as the file
-    has it.
+    "warn" and "keep" only list it. Dropped and clipped annotations are counted in the log of the training. A box that
+    is outside, partly outside or without area is dropped or clipped for training only: the evaluation takes every box
+    as it is in the file.
 
     Args:
         unknown_image: an annotation of an image that the file does not list.
@@ -132,7 +164,10 @@ class DataPolicies:
         box_negative: a box with a negative width or height.
         area_malformed: an area that is not a number >= 0.
         crowd_malformed: an `iscrowd` that is not 0 or 1.
-        box_outside: a box that lies outside its image altogether.
+        ignore_flag: an annotation with `ignore`, as CrowdHuman and VisDrone have; "crowd" takes it as a crowd, which is
+            neither trained on nor counted, "keep" as any other object, as pycocotools does.
+        duplicate_box: a box of the same category in the same image as an earlier one.
+        box_outside: a box that does not overlap its image.
         box_partly_outside: a box that reaches outside its image by more than a hundredth of a pixel.
         box_without_area: a box of width or height 0.
         segmentation_missing: no segmentation, where segmentations are asked for.
@@ -151,6 +186,8 @@ class DataPolicies:
     box_negative: Literal["error", "drop"] = "error"
     area_malformed: Literal["error", "drop"] = "error"
     crowd_malformed: Literal["error", "drop"] = "error"
+    ignore_flag: Literal["keep", "crowd", "drop"] = "keep"
+    duplicate_box: Literal["warn", "drop", "error"] = "warn"
     box_outside: Literal["error", "drop"] = "error"
     box_partly_outside: Literal["error", "clamp"] = "clamp"
     box_without_area: Literal["error", "drop"] = "drop"
@@ -162,7 +199,7 @@ class DataPolicies:
     more_boxes_than_queries: Literal["warn", "error"] = "warn"
 
     def action(self, kind: str) -> str:
-        """What is done about a kind of fault: "error", "drop", "clamp", "warn", or "" for what is only told."""
+        """Return how a kind of fault is handled: one of its policy's values, or "" if it is only listed."""
         return str(getattr(self, kind, "error" if KINDS[kind].severity == "error" else ""))
 
 
@@ -170,7 +207,7 @@ DEFAULT_POLICIES = DataPolicies()
 
 
 def fix_of(kind: str) -> str:
-    """How to mend a kind of fault, and the policy that lets it through; empty where the message says it all.
+    """Return how to correct a kind of fault, and the policy that lets it through; empty where the message suffices.
 
     >>> fix_of("duplicate_annotation")
     'renumber the annotations, or set the policy duplicate_annotation to drop'
@@ -183,13 +220,13 @@ def fix_of(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault, and where it is.
+    """One fault and its location.
 
     Attributes:
         kind: a key of `KINDS`.
         where: file=, image_id=, ann_id=, key=, as far as they apply.
-        got: what stands there.
-        expected: what could stand there.
+        got: the value that is there.
+        expected: a valid value.
     """
 
     kind: str
@@ -199,7 +236,7 @@ class Finding:
 
     @property
     def detail(self) -> str:
-        """Where it is and what came, without what all faults of its kind share."""
+        """Location and value, without the words that all faults of the kind have in common."""
         values = " ".join(
             f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value
         )
@@ -207,7 +244,7 @@ class Finding:
 
     @property
     def message(self) -> str:
-        """The whole of it in one line."""
+        """The whole message in one line."""
         fix = fix_of(self.kind)
         return f"{KINDS[self.kind].what} | where: {self.detail}" + (f" | fix: {fix}" if fix else "")
 
@@ -224,26 +261,26 @@ class Findings:
     Attributes:
         kind: a key of `KINDS`.
         count: how many there are.
-        examples: the first of them in words, at least one.
-        rows: int64 [count], the places in the list of annotations that have the fault; empty for other faults.
+        examples: the first of them described, at least one.
+        rows: int64 [count], the indices of the records with the fault, in the list that was checked.
     """
 
     kind: str
     count: int
     examples: tuple[Finding, ...]
-    rows: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-def found(kind: str, bad: npt.NDArray[np.bool_], word: Callable[[int], tuple[str, ...]]) -> list[Findings]:
-    """The findings of a kind where `bad` [N] is true, if any; `word` gives where, got and expected of a row."""
+def findings_of(kind: str, bad: BoolArray, describe: Callable[[int], tuple[str, ...]]) -> list[Findings]:
+    """Return the findings of a kind where `bad` [N] is True, if any; `describe` gives where, got, expected of a row."""
     rows = np.flatnonzero(bad)
     if not len(rows):
         return []
-    examples = tuple(Finding(kind, *word(row)) for row in rows[:EXAMPLES].tolist())
+    examples = tuple(Finding(kind, *describe(row)) for row in rows[:EXAMPLES].tolist())
     return [Findings(kind=kind, count=len(rows), examples=examples, rows=rows)]
 
 
 def shortened(value: Any, length: int = 80) -> str:
-    """A value as errors show it, cut where it is long."""
+    """Return a value as errors show it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."

@@ -1,7 +1,7 @@
-"""Outlines and masks of the annotations, checked before any C code sees them, packed into a few arrays.
+"""Polygons and masks of the annotations, checked before they reach C code, and packed into a few arrays.
 
-pycocotools trusts what it is given: a vertex that is not a number ends the process, and runs that do not fill a mask
-let it read memory that nobody wrote. So nothing reaches it that has not passed `examine_segmentations`.
+pycocotools does not check its arguments: a vertex that is NaN ends the process, and runs that do not fill a mask let it
+read uninitialised memory. So `examine_segmentations` checks everything before.
 
 Source of the compressed form: `rleToString` of the COCO API, https://github.com/cocodataset/cocoapi.
 """
@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from detr_backbone.coco.findings import Findings, Rows, found, shortened
+from detr_backbone.coco.findings import Findings, findings_of, shortened
 from detr_backbone.coco.images import MAX_PIXELS
+from detr_backbone.coco.typed_arrays import BoolArray, FloatArray, IntArray
 
 Number = TypeVar("Number", np.float64, np.int64)
 
@@ -36,7 +37,7 @@ class EncodedMask(TypedDict):
 
 
 class Packed(int):
-    """A segmentation that a `Packer` holds: its number there. JSON gives no such type."""
+    """The number of a segmentation in a `Packer`; a type that JSON does not give."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,18 +49,18 @@ class Segmentations:
     Attributes:
         sizes: int64 [N, 2], the (h, w) of the annotation's image.
         points: float64 [V, 2], x and y of every vertex.
-        rings: int64 [R + 1], where each polygon starts in `points`, and where the last one ends.
+        rings: int64 [R + 1], the index in `points` at which each polygon starts, and the end of the last one.
         counts: int64 [M], the lengths of runs, by columns, background first.
         spans: int64 [N, 2], the first polygon and the one after the last, or for an encoding its part of `counts`.
-        is_encoded: bool [N], whether it is a run-length encoding instead of polygons.
+        is_encoded: bool [N], True for a run-length encoding instead of polygons.
     """
 
-    sizes: Rows
-    points: npt.NDArray[np.float64]
-    rings: Rows
-    counts: Rows
-    spans: Rows
-    is_encoded: npt.NDArray[np.bool_]
+    sizes: IntArray
+    points: FloatArray
+    rings: IntArray
+    counts: IntArray
+    spans: IntArray
+    is_encoded: BoolArray
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -76,8 +77,8 @@ class Segmentations:
             encoded = mask.merge(mask.frPyObjects(rings, height, width))
         return encoded
 
-    def take(self, rows: Rows) -> "Segmentations":
-        """Those of some annotations; points and runs stay shared."""
+    def take(self, rows: IntArray) -> "Segmentations":
+        """Return the segmentations of some annotations; points and runs stay shared."""
         return Segmentations(
             sizes=self.sizes[rows],
             points=self.points,
@@ -99,52 +100,52 @@ class Packer:
         self.sizes = array("q")  # of a run-length encoding; 0, 0 for polygons
 
     def pack(self, value: Any) -> Any:
-        """The number of a well-formed segmentation, which is kept; anything else is given back as it is."""
+        """Store a well-formed segmentation and return its number; return anything else as it is."""
         if isinstance(value, list) and value and all(map(_is_ring, value)):
             first = len(self.rings) - 1
             for ring in value:
                 self.points.extend(ring)
                 self.rings.append(len(self.points) // 2)
-            return self._keep(first, len(self.rings) - 1, (0, 0))
+            return self._add(first, len(self.rings) - 1, (0, 0))
         if isinstance(value, dict) and _is_size(value.get("size")) and (runs := _runs(value.get("counts"))) is not None:
             first = len(self.counts)
             self.counts.extend(runs)
-            return self._keep(first, len(self.counts), value["size"])
+            return self._add(first, len(self.counts), value["size"])
         return value
 
-    def _keep(self, first: int, stop: int, size: Sequence[int]) -> Packed:
+    def _add(self, first: int, stop: int, size: Sequence[int]) -> Packed:
         self.spans.extend((first, stop))
         self.sizes.extend(size)
         return Packed(len(self.spans) // 2 - 1)
 
-    def segmentations(self, values: Sequence[Any], sizes: Rows) -> tuple[Segmentations, Rows]:
-        """Those of N annotations whose images have `sizes` [N, 2], and the sizes [N, 2] that encodings give themselves.
+    def segmentations(self, values: Sequence[Any], sizes: IntArray) -> tuple[Segmentations, IntArray]:
+        """Return the segmentations of N annotations in images of `sizes` [N, 2], and the [N, 2] that encodings state.
 
-        What is not packed has an empty span.
+        A value that is not packed has an empty span.
         """
         numbers = np.fromiter((v if isinstance(v, Packed) else -1 for v in values), np.int64, len(values))
-        spans = np.concatenate([_shared(self.spans, np.int64).reshape(-1, 2), [[0, 0]]])[numbers]
-        own_sizes = np.concatenate([_shared(self.sizes, np.int64).reshape(-1, 2), [[0, 0]]])[numbers]
+        spans = np.concatenate([_as_array(self.spans, np.int64).reshape(-1, 2), [[0, 0]]])[numbers]
+        own_sizes = np.concatenate([_as_array(self.sizes, np.int64).reshape(-1, 2), [[0, 0]]])[numbers]
         return Segmentations(
             sizes=sizes,
-            points=_shared(self.points, np.float64).reshape(-1, 2),
-            rings=_shared(self.rings, np.int64),
-            counts=_shared(self.counts, np.int64),
+            points=_as_array(self.points, np.float64).reshape(-1, 2),
+            rings=_as_array(self.rings, np.int64),
+            counts=_as_array(self.counts, np.int64),
             spans=spans,
             is_encoded=own_sizes[:, 0] > 0,
         ), own_sizes
 
 
 def examine_segmentations(
-    values: Sequence[Any], packer: Packer, sizes: Rows, place: Callable[[int], str]
+    values: Sequence[Any], packer: Packer, sizes: IntArray, where: Callable[[int], str]
 ) -> tuple[list[Findings], Segmentations]:
-    """What is wrong with the segmentations of N annotations, and the packed ones.
+    """Return the faults of the segmentations of N annotations, and the packed ones.
 
     Args:
-        values: what `packer.pack` gave for each of them.
+        values: the result of `packer.pack` for each of them.
         packer: holds the packed ones.
         sizes: int64 [N, 2], the (h, w) of each annotation's image, 0 where it is not known.
-        place: what findings call an annotation.
+        where: the location of an annotation, as findings give it.
     """
     packed = np.fromiter((isinstance(value, Packed) for value in values), np.bool_, len(values))
     missing = np.fromiter((value is None or value == [] for value in values), np.bool_, len(values))
@@ -159,43 +160,47 @@ def examine_segmentations(
     side = sizes.max(axis=1, initial=0)
     far = drawn & (~drawable | (low < -FAR * side) | (high > (FAR + 1) * side) | (length > MAX_OUTLINE))
 
-    def word(index: int) -> str:
-        return f"{place(index)} key=segmentation"
+    def at(index: int) -> str:
+        return f"{where(index)} key=segmentation"
 
     limit = f"{MAX_PIXELS} pixels at most"
 
-    def word_far(index: int) -> tuple[str, ...]:
+    def describe_far(index: int) -> tuple[str, ...]:
         if not drawable[index]:
-            return word(index), f"polygons in an image of {sizes[index].tolist()}", limit
+            return at(index), f"polygons in an image of {sizes[index].tolist()}", limit
         if low[index] >= -FAR * side[index] and high[index] <= (FAR + 1) * side[index]:
-            return word(index), f"{length[index]:g} pixels along its polygons", f"{MAX_OUTLINE} at most"
+            return at(index), f"{length[index]:g} pixels along its polygons", f"{MAX_OUTLINE} at most"
         bounds = f"{-FAR * side[index]} to {(FAR + 1) * side[index]}"
-        return word(index), f"coordinates from {low[index]:g} to {high[index]:g}", bounds
+        return at(index), f"coordinates from {low[index]:g} to {high[index]:g}", bounds
 
     return [
-        *found("segmentation_missing", missing, lambda i: (word(i), repr(values[i]), "polygons or an encoding")),
-        *found(
+        *findings_of("segmentation_missing", missing, lambda i: (at(i), repr(values[i]), "polygons or an encoding")),
+        *findings_of(
             "segmentation_malformed",
             ~packed & ~missing,
-            lambda i: (word(i), shortened(values[i]), "polygons of three finite points or more, or size and counts"),
+            lambda i: (
+                at(i),
+                shortened(values[i]),
+                "polygons of three finite points or more, or size and counts",
+            ),
         ),
-        *found(
+        *findings_of(
             "segmentation_size",
             other_size,
-            lambda i: (f"{word(i)}.size", str(own_sizes[i].tolist()), f"{sizes[i].tolist()} as the image, {limit}"),
+            lambda i: (f"{at(i)}.size", str(own_sizes[i].tolist()), f"{sizes[i].tolist()} as the image, {limit}"),
         ),
-        *found(
+        *findings_of(
             "segmentation_counts",
             encoded & ~other_size & (filled != sizes.prod(axis=1)),
-            lambda i: (f"{word(i)}.counts", f"runs of {filled[i]} pixels together", f"{sizes[i].prod()}"),
+            lambda i: (f"{at(i)}.counts", f"runs of {filled[i]} pixels together", f"{sizes[i].prod()}"),
         ),
-        *found("segmentation_far", far, word_far),
+        *findings_of("segmentation_far", far, describe_far),
     ], masks
 
 
 @np.errstate(over="ignore")
-def _extents(masks: Segmentations, rows: Rows) -> tuple[npt.NDArray[np.float64], ...]:
-    """Smallest and largest coordinate of the polygons of some annotations, and the pixels along them; 0 for others."""
+def _extents(masks: Segmentations, rows: IntArray) -> tuple[FloatArray, ...]:
+    """Return smallest and largest coordinate of the polygons of some annotations, and their length; 0 for others."""
     low, high, length = np.zeros((3, len(masks)))
     starts, ends = masks.rings[:-1], masks.rings[1:]
     if not len(rows):
@@ -204,7 +209,7 @@ def _extents(masks: Segmentations, rows: Rows) -> tuple[npt.NDArray[np.float64],
         np.stack([extreme.reduceat(masks.points[:, axis], starts) for axis in (0, 1)])
         for extreme in (np.minimum, np.maximum)
     )
-    # An outline of n points is at most n times the larger side of its box; few are long enough to be measured.
+    # An outline of n points is at most n times the larger side of its box long; few need to be measured.
     lengths = (ends - starts) * (most - least).max(axis=0)
     first, stop = masks.spans[rows].T
     for target, values, reduce in (
@@ -221,10 +226,10 @@ def _extents(masks: Segmentations, rows: Rows) -> tuple[npt.NDArray[np.float64],
 
 
 def decoded_counts(text: str) -> list[int] | None:
-    """The runs in a compressed string, without those that make no sense: None for a string that is none.
+    """Return the runs in a compressed string, None for a string that is no valid encoding.
 
-    Every character holds five bits and whether more follow; from the fourth run on, a number is the difference from the
-    run two before.
+    Every character holds five bits and a flag for more to follow; from the fourth run on, a number is the difference
+    from the run two before.
 
     >>> decoded_counts("489JI0007")
     [4, 8, 9, 2, 2, 2, 2, 2, 9]
@@ -248,7 +253,7 @@ def decoded_counts(text: str) -> list[int] | None:
 
 
 def _runs(counts: Any) -> list[int] | None:
-    """The runs of an encoding in either form, None where they are none."""
+    """Return the runs of an encoding in either form, None for invalid ones."""
     if isinstance(counts, str):
         return decoded_counts(counts)
     if isinstance(counts, list) and set(map(type, counts)) <= {int} and all(0 <= n <= MAX_PIXELS for n in counts):
@@ -261,7 +266,7 @@ def _is_size(size: Any) -> bool:
 
 
 def _is_ring(ring: Any) -> bool:
-    """Whether it is x, y, x, y, ... of at least three finite points."""
+    """Return whether the value is x, y, x, y, ... of at least three finite points."""
     if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2 or not set(map(type, ring)) <= {int, float}:
         return False
     try:
@@ -270,5 +275,5 @@ def _is_ring(ring: Any) -> bool:
         return False
 
 
-def _shared(values: "array[Any]", dtype: type[Number]) -> npt.NDArray[Number]:
+def _as_array(values: "array[Any]", dtype: type[Number]) -> npt.NDArray[Number]:
     return np.frombuffer(values, dtype=dtype) if len(values) else np.zeros(0, dtype)

@@ -1,13 +1,13 @@
-"""Which images of a COCO dataset are taken: the same ones whenever they are asked for.
+"""Reproducible selection of images of a COCO dataset.
 
-Conditions come first: named images, images with objects of some categories or areas. Of what is left, `count` or
-`share` takes the first images of an order that a seed decides. The order depends on neither of them, so with the same
+Conditions come first: named images, images with objects of some categories or areas. Of the remaining images, `count`
+or `share` takes the first ones of an order that a seed decides. The order depends on neither of them, so with the same
 seed and conditions 500 images are among the 1,000.
 
-Unless `balanced`, an image's place in the order follows from the seed and its id, and from nothing else. So the draw is
-the same on every machine and for every order of the records, and where a dataset grows, new images may push old ones
-out of the first 500, but two old ones never change places. Images whose ids are given anew are drawn anew. A balanced
-order follows from the objects of all images that are left, and moves with any of them.
+Unless `balanced`, an image's rank in the order is a hash of the seed and its id. So the draw is the same on every
+machine and for every order of the records, and in a dataset that grows, new images may push old ones out of the first
+500, but the order of two old ones never changes. Images with new ids are drawn anew. A balanced order depends on the
+objects of all remaining images.
 """
 
 import difflib
@@ -15,37 +15,36 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from detr_backbone.coco.annotations import CocoAnnotations
+from detr_backbone.coco.typed_arrays import BoolArray, IntArray
 from detr_backbone.errors import ConfigError
-
-Places: TypeAlias = npt.NDArray[np.int64]  # where images stand in `CocoAnnotations.image_ids`
 
 _NAMED = 5  # unknown entries that an error names
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetConfig:
-    """Which images of a dataset are taken; without any option, all of them.
+    """A selection of images of a dataset; without any option, all of them.
 
-    Objects are annotations that are not crowds. An image is taken with all its annotations, whatever it was taken for.
+    Objects are annotations that are not crowds. An image is taken with all its annotations.
 
     Args:
         image_ids: only these images.
         image_list: only the images in this text file, one file name or image id per line.
-        categories: only images with an object of one of these categories, given by name or id.
+        categories: only images with an object of one of these categories, given by name or id; as id:3 or name:3 if a
+            category is named by a number.
         min_area: only images with an object of at least this area in square pixels, of `categories` where they are set.
-        max_area: only images with an object of a smaller area than this; the same object that `min_area` asks for.
-        count: so many of the images that are left.
-        share: this share of them instead, rounded to whole images, at least one.
-        seed: another seed draws others.
-        balanced: draw in turn for the category that the fewest drawn images hold, the rarest first.
+        max_area: only images with an object of a smaller area than this; the same object as for `min_area`.
+        count: the number of images to draw from the remaining ones.
+        share: the fraction of them instead, above 0 and at most 1, rounded to whole images, at least one.
+        seed: of the draw.
+        balanced: draw in turn for the category with the fewest drawn images, the rarest first.
         drop_unused_categories: leave out categories without annotations in the subset, which renumbers the labels; a
-            detector that was trained on the whole dataset does not fit then.
+            detector that was trained on the whole dataset no longer fits.
 
     Raises:
         ConfigError: a value is out of range, or two contradict each other.
@@ -87,7 +86,7 @@ class SubsetConfig:
 
     @property
     def in_words(self) -> str:
-        """The options that are set.
+        """The options that are set, in words.
 
         >>> SubsetConfig(categories=("cat", 18), max_area=1024, count=500).in_words
         'with cat or 18, areas from 0 to 1024, seed 0'
@@ -108,66 +107,66 @@ class SubsetConfig:
         )
 
 
-def choose_images(annotations: CocoAnnotations, config: SubsetConfig) -> Places:
-    """The places of the images that a configuration takes, ascending.
+def choose_images(annotations: CocoAnnotations, config: SubsetConfig) -> IntArray:
+    """Return the indices of the images that a configuration takes, ascending.
 
     Raises:
-        ConfigError: an image or category is unknown; no image is left, or fewer than `count`.
+        ConfigError: an image or category is unknown; no image remains, or fewer than `count`.
     """
-    left = np.ones(len(annotations.image_ids), dtype=np.bool_)
+    remaining = np.ones(len(annotations.image_ids), dtype=np.bool_)
     if config.image_ids or config.image_list:
-        left[:] = False
-        left[places_of_ids(annotations, config.image_ids or _listed(annotations, config.image_list))] = True
+        remaining[:] = False
+        remaining[indices_of_images(annotations, config.image_ids or _listed(annotations, config.image_list))] = True
     objects = ~annotations.is_crowd & (annotations.areas >= config.min_area)
     if config.max_area is not None:
         objects &= annotations.areas < config.max_area
     if config.categories:
         objects &= np.isin(annotations.labels, _labels(annotations, config.categories))
     if config.categories or config.min_area or config.max_area is not None:
-        left &= np.bincount(annotations.image_index[objects], minlength=len(left)) > 0
-    places = np.flatnonzero(left)
-    count = config.count or (len(places) if config.share is None else max(1, round(config.share * len(places))))
-    if not len(places) or count > len(places):
+        remaining &= np.bincount(annotations.image_index[objects], minlength=len(remaining)) > 0
+    indices = np.flatnonzero(remaining)
+    count = config.count or (len(indices) if config.share is None else max(1, round(config.share * len(indices))))
+    if not len(indices) or count > len(indices):
         raise ConfigError(
-            f"subset has {'too few' if len(places) else 'no'} images | where: file={annotations.source} key=subset | "
-            f"got {len(places)} of {len(left)} ({config.in_words}) expected {count or 1} or more"
+            f"subset has {'too few' if len(indices) else 'no'} images | where: file={annotations.source} key=subset | "
+            f"got {len(indices)} of {len(remaining)} ({config.in_words}) expected {count or 1} or more"
         )
-    if count < len(places):
-        keys = [_key(config.seed, image_id) for image_id in annotations.image_ids[places].tolist()]
-        order = places[np.argsort(np.array(keys, dtype=np.uint64), kind="stable")]
-        places = np.sort((_balanced(order, annotations, objects, count) if config.balanced else order)[:count])
-    return places
+    if count < len(indices):
+        keys = [_key(config.seed, image_id) for image_id in annotations.image_ids[indices].tolist()]
+        order = indices[np.argsort(np.array(keys, dtype=np.uint64), kind="stable")]
+        indices = np.sort((_balanced(order, annotations, objects, count) if config.balanced else order)[:count])
+    return indices
 
 
 def _key(seed: int, image_id: int) -> int:
-    """A number of 64 bits that is as good as random, and the same for all time."""
+    """Return a reproducible pseudo-random number of 64 bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {image_id}".encode(), digest_size=8).digest(), "big")
 
 
-def _balanced(order: Places, annotations: CocoAnnotations, objects: npt.NDArray[np.bool_], count: int) -> Places:
-    """An order whose first `count` images let the categories keep pace; images without objects come last."""
-    holds = np.zeros((len(annotations.image_ids), len(annotations.category_ids)), dtype=np.bool_)
-    holds[annotations.image_index[objects], annotations.labels[objects]] = True
-    waiting = [iter(order[column].tolist()) for column in holds[order].T]
-    available = holds[order].sum(axis=0)
+def _balanced(order: IntArray, annotations: CocoAnnotations, objects: BoolArray, count: int) -> IntArray:
+    """Return an order in which the first `count` images balance the categories; images without objects come last."""
+    has_category = np.zeros((len(annotations.image_ids), len(annotations.category_ids)), dtype=np.bool_)
+    has_category[annotations.image_index[objects], annotations.labels[objects]] = True
+    waiting = [iter(order[column].tolist()) for column in has_category[order].T]
+    available = has_category[order].sum(axis=0)
     drawn = np.zeros(len(available), dtype=np.int64)
     exhausted = available == 0
     chosen: dict[int, None] = {}  # an ordered set
     while len(chosen) < count and not exhausted.all():
         pace = np.where(exhausted, np.iinfo(np.int64).max, drawn * (len(order) + 1) + available)
         category = int(pace.argmin())
-        place = next((place for place in waiting[category] if place not in chosen), None)
-        if place is None:
+        image = next((image for image in waiting[category] if image not in chosen), None)
+        if image is None:
             exhausted[category] = True
         else:
-            chosen[place] = None
-            drawn += holds[place]
-    rest = order[~np.isin(order, list(chosen))]
-    return np.concatenate([np.array(list(chosen), dtype=np.int64), rest])
+            chosen[image] = None
+            drawn += has_category[image]
+    remaining = order[~np.isin(order, list(chosen))]
+    return np.concatenate([np.array(list(chosen), dtype=np.int64), remaining])
 
 
-def places_of_ids(annotations: CocoAnnotations, image_ids: Sequence[int]) -> Places:
-    """The places of images, ascending, each once.
+def indices_of_images(annotations: CocoAnnotations, image_ids: Sequence[int]) -> IntArray:
+    """Return the indices of images, ascending, each once.
 
     Raises:
         ConfigError: an id is unknown.
@@ -179,7 +178,7 @@ def places_of_ids(annotations: CocoAnnotations, image_ids: Sequence[int]) -> Pla
 
 
 def _listed(annotations: CocoAnnotations, path: str) -> list[int]:
-    """The ids of the images that a text file lists; a line that is no file name may be an id."""
+    """Return the ids of the images that a text file lists; a line that is no file name may be an id."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
@@ -187,25 +186,37 @@ def _listed(annotations: CocoAnnotations, path: str) -> list[int]:
             f"image list cannot be read | where: file={path} key=subset.image_list | got {error}"
         ) from error
     ids, names = annotations.image_ids.tolist(), annotations.file_names.tolist()
-    places: dict[str, list[int]] = {}
+    ids_by_name: dict[str, list[int]] = {}
     for image_id, name in zip(ids, names, strict=True):
-        places.setdefault(name, []).append(image_id)
+        ids_by_name.setdefault(name, []).append(image_id)
     known = set(ids)
-    found = {
-        line: places.get(line) or ([int(line)] if line.isdecimal() and int(line) in known else [])
+    listed = {
+        line: ids_by_name.get(line) or ([int(line)] if line.isdecimal() and int(line) in known else [])
         for line in filter(None, map(str.strip, lines))
     }
-    _refuse_unknown("listed images", [line for line in found if not found[line]], names, annotations, "image_list")
-    return [image_id for image_ids in found.values() for image_id in image_ids]
+    _refuse_unknown("listed images", [line for line in listed if not listed[line]], names, annotations, "image_list")
+    return [image_id for image_ids in listed.values() for image_id in image_ids]
 
 
 def _labels(annotations: CocoAnnotations, categories: Sequence[int | str]) -> list[int]:
-    labels: dict[int | str, int] = {}
-    for label, names in enumerate(zip(annotations.category_ids, annotations.category_names, strict=True)):
-        labels |= dict.fromkeys(names, label)
-    unknown = [entry for entry in categories if entry not in labels]
-    _refuse_unknown("categories", unknown, list(labels), annotations, "categories")
-    return [labels[entry] for entry in categories]
+    """Return the labels of categories given by id or name, or as id:3 or name:3 where one is named by a number."""
+    by_id = {str(category_id): label for label, category_id in enumerate(annotations.category_ids)}
+    by_name = {name: label for label, name in enumerate(annotations.category_names)}
+    prefixed = {f"id:{key}": label for key, label in by_id.items()} | {
+        f"name:{name}": label for name, label in by_name.items()
+    }
+    labels = [
+        {table[str(entry)] for table in (by_id, by_name, prefixed) if str(entry) in table} for entry in categories
+    ]
+    unknown = [entry for entry, candidates in zip(categories, labels, strict=True) if not candidates]
+    _refuse_unknown("categories", unknown, [*annotations.category_ids, *by_name], annotations, "categories")
+    for entry, candidates in zip(categories, labels, strict=True):
+        if len(candidates) > 1:
+            raise ConfigError(
+                f"category is the id of one and the name of another | where: file={annotations.source} "
+                f"key=subset.categories | got {entry!r} expected 'id:{entry}' or 'name:{entry}'"
+            )
+    return [candidates.pop() for candidates in labels]
 
 
 def _refuse_unknown(

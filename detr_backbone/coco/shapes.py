@@ -1,4 +1,4 @@
-"""A small COCO dataset drawn from a seed: coloured shapes on clouds, to train and test on where there is no other data.
+"""A small COCO dataset drawn from a seed: coloured shapes on clouds, for training and tests without other data.
 
     python -m detr_backbone.coco.shapes FOLDER --train 2800 --val 200 --seed 0
 
@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,21 @@ from jsonargparse import ArgumentParser
 from PIL import Image, ImageDraw
 
 from detr_backbone.coco.annotations import read_json
+from detr_backbone.coco.typed_arrays import FloatArray
 from detr_backbone.errors import AnnotationError, ConfigError, DataError
 
-Points: TypeAlias = npt.NDArray[np.float64]
-
 CLASSES = ("ellipse", "rectangle", "triangle", "star")
-_SIDES = (0.17, 0.55)  # of an object's larger side, as a share of the image
-_EMPTY = 0.04  # share of images without objects
+_SIDES = (0.17, 0.55)  # of an object's larger side, as a fraction of the image
+_EMPTY = 0.04  # fraction of images without objects
 _SHARPNESS = 4  # drawn cells per pixel and side, averaged in the end
 _CONTRAST = 110  # least distance between the colours of object and background, in RGB
-_TRIES = 20  # places that are tried for an object before it is left out
+_TRIES = 20  # positions that are tried for an object before it is left out
 
 
 def draw_shapes(
     folder: Path | str, *, train: int = 2800, val: int = 200, seed: int = 0, image_size: int = 128, max_objects: int = 4
 ) -> None:
-    """Draw the dataset, or leave it as it is where the same one has been drawn before.
+    """Draw the dataset, or leave it if the same one has been drawn before.
 
     The same arguments give the same bytes under the same versions of NumPy and Pillow. Every image has random numbers
     of its own, so that asking for more images leaves the first ones as they are.
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_drawn(folder: Path, arguments: dict[str, int]) -> bool:
-    """Whether this very dataset stands there; anything else is an error."""
+    """Return whether this very dataset is there; other files are an error."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     path = folder / "annotations" / "instances_val.json"
@@ -92,7 +91,7 @@ def _is_drawn(folder: Path, arguments: dict[str, int]) -> bool:
 
 
 def _info(arguments: dict[str, int]) -> dict[str, Any]:
-    """What the annotation files say about how they came to be."""
+    """Return the `info` of the annotation files: the arguments they were drawn with."""
     return {"description": "shapes drawn by detr_backbone.coco.shapes", "arguments": arguments}
 
 
@@ -103,9 +102,9 @@ def _draw_split(folder: Path, split: str, count: int, seed: tuple[int, int], arg
     annotations: list[dict[str, Any]] = []
     size = arguments["image_size"]
     for image_id in range(1, count + 1):
-        picture, objects = _draw_image(np.random.default_rng((*seed, image_id)), size, arguments["max_objects"])
+        image, objects = _draw_image(np.random.default_rng((*seed, image_id)), size, arguments["max_objects"])
         name = f"{image_id:06d}.png"
-        picture.save(folder / split / name, compress_level=3)
+        image.save(folder / split / name, compress_level=3)
         images.append({"id": image_id, "file_name": name, "width": size, "height": size})
         annotations += [
             {"id": len(annotations) + number, "image_id": image_id, **_annotation(label, polygon)}
@@ -120,19 +119,21 @@ def _draw_split(folder: Path, split: str, count: int, seed: tuple[int, int], arg
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _draw_image(rng: np.random.Generator, size: int, max_objects: int) -> tuple[Image.Image, list[tuple[int, Points]]]:
-    """A picture and the label and polygon [P, 2] of each object in it, x before y, in pixels."""
+def _draw_image(
+    rng: np.random.Generator, size: int, max_objects: int
+) -> tuple[Image.Image, list[tuple[int, FloatArray]]]:
+    """Return an image and the label and polygon [P, 2] of each object in it, x before y, in pixels."""
     clouds = rng.uniform(0, 255, 3) + rng.uniform(-40, 40, (5, 5, 3))
     background = Image.fromarray(clouds.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     canvas = background.resize((size * _SHARPNESS,) * 2, Image.Resampling.NEAREST)
     taken = Image.new("1", canvas.size)
-    objects: list[tuple[int, Points]] = []
+    objects: list[tuple[int, FloatArray]] = []
     wanted = 0 if rng.random() < _EMPTY else int(rng.integers(1, max_objects, endpoint=True))
     for _ in range(wanted * _TRIES):
         if len(objects) == wanted:
             break
         label = int(rng.integers(len(CLASSES)))
-        polygon = _place(rng, _outline(rng, CLASSES[label]), size)
+        polygon = _put_in_image(rng, _outline(rng, CLASSES[label]), size)
         cells = [(float(x), float(y)) for x, y in polygon * _SHARPNESS - 0.5]
         shape = Image.new("1", canvas.size)
         ImageDraw.Draw(shape).polygon(cells, fill=1)
@@ -141,32 +142,31 @@ def _draw_image(rng: np.random.Generator, size: int, max_objects: int) -> tuple[
             colour = _colour(rng, np.asarray(background)[_middle(polygon)])
             canvas.paste(colour, mask=shape)
             objects.append((label, polygon))
-    picture = np.asarray(canvas.reduce(_SHARPNESS)) + rng.normal(0, 4, (size, size, 1))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), objects
+    pixels = np.asarray(canvas.reduce(_SHARPNESS)) + rng.normal(0, 4, (size, size, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), objects
 
 
-def _outline(rng: np.random.Generator, name: str) -> Points:
-    """Corners [P, 2] of a shape of any size, turned and stretched at random."""
+def _outline(rng: np.random.Generator, name: str) -> FloatArray:
+    """Return the corners [P, 2] of a shape of any size, rotated and stretched at random."""
     corners, inner = {"ellipse": (48, 1.0), "rectangle": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[name]
     turn = rng.uniform(0, 2 * math.pi) if name in ("triangle", "star") else math.pi / 4
     angles = turn + np.arange(corners) * (2 * math.pi / corners)
     radius = np.where(np.arange(corners) % 2, inner, 1.0)
-    stretch: Points = rng.permutation([1.0, rng.uniform(0.5, 1.0)])
-    outline: Points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius[:, None]
+    stretch = rng.permutation([1.0, rng.uniform(0.5, 1.0)])
+    outline = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius[:, None]
     return outline * stretch
 
 
-def _place(rng: np.random.Generator, outline: Points, size: int) -> Points:
-    """The outline at a random size and place within the image, in hundredths of a pixel."""
+def _put_in_image(rng: np.random.Generator, outline: FloatArray, size: int) -> FloatArray:
+    """Return the outline at a random size and position in the image, rounded to hundredths of a pixel."""
     outline = outline - outline.min(axis=0)
     outline = outline * (size * rng.uniform(*_SIDES) / outline.max())
     room = size - outline.max(axis=0)
-    placed: Points = np.round(outline + rng.uniform(0, 1, 2) * room, 2).clip(0, size)
-    return placed
+    return np.round(outline + rng.uniform(0, 1, 2) * room, 2).clip(0, size)
 
 
-def _middle(polygon: Points) -> tuple[int, int]:
-    """Row and column of the pixel in the middle."""
+def _middle(polygon: FloatArray) -> tuple[int, int]:
+    """Return row and column of the pixel in the middle."""
     column, row = polygon.mean(axis=0)
     return int(row), int(column)
 
@@ -178,8 +178,8 @@ def _colour(rng: np.random.Generator, background: npt.NDArray[np.uint8]) -> tupl
             return red, green, blue
 
 
-def _annotation(label: int, polygon: Points) -> dict[str, Any]:
-    """The COCO entry of an object, with the area inside its polygon (shoelace formula)."""
+def _annotation(label: int, polygon: FloatArray) -> dict[str, Any]:
+    """Return the COCO entry of an object, with the area inside its polygon (shoelace formula)."""
     x, y = polygon.T
     left, top, right, bottom = x.min(), y.min(), x.max(), y.max()
     return {

@@ -1,4 +1,4 @@
-"""A part of a COCO dataset, as annotations in memory or as a dataset of its own on disk."""
+"""A subset of a COCO dataset, as annotations in memory or as a dataset of its own on disk."""
 
 import hashlib
 import json
@@ -13,18 +13,18 @@ from typing import Any, Literal
 import numpy as np
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json, refuse
-from detr_backbone.coco.files import examine_files
-from detr_backbone.coco.selection import SubsetConfig, choose_images, places_of_ids
+from detr_backbone.coco.image_files import examine_files
+from detr_backbone.coco.selection import SubsetConfig, choose_images, indices_of_images
 from detr_backbone.errors import ConfigError, DataError
 
 _OF_IMAGES = ("image_ids", "file_names", "sizes")
 
 
 def take_subset(annotations: CocoAnnotations, config: SubsetConfig) -> CocoAnnotations:
-    """The part of a dataset that a configuration asks for; `part` of the result says which it is.
+    """Return the subset of a dataset that a configuration selects; `part` of the result describes it.
 
     Raises:
-        ConfigError: an image or category is unknown, no image is left, or fewer than `count`.
+        ConfigError: an image or category is unknown, no image remains, or fewer than `count`.
 
     >>> from detr_backbone.coco.annotations import parse_annotations
     >>> images = [{"id": i, "file_name": f"{i}.jpg", "width": 8, "height": 8} for i in range(1, 101)]
@@ -45,29 +45,29 @@ def take_subset(annotations: CocoAnnotations, config: SubsetConfig) -> CocoAnnot
 
 
 def only(annotations: CocoAnnotations, image_ids: Sequence[int]) -> CocoAnnotations:
-    """Some images of a dataset with all their annotations; categories and labels stay those of the whole dataset.
+    """Return some images of a dataset with all their annotations, and the categories and labels of the whole dataset.
 
     Raises:
         ConfigError: an id is unknown.
     """
-    places = places_of_ids(annotations, image_ids)
-    rows = np.flatnonzero(np.isin(annotations.image_index, places))
+    indices = indices_of_images(annotations, image_ids)
+    rows = np.flatnonzero(np.isin(annotations.image_index, indices))
     taken: dict[str, Any] = {}
     for field in fields(annotations):
         value = getattr(annotations, field.name)
         if field.name in _OF_IMAGES:
-            taken[field.name] = value[places]
+            taken[field.name] = value[indices]
         elif isinstance(value, np.ndarray):
             taken[field.name] = value[rows]
         elif hasattr(value, "take"):  # annotations of unequal length, packed
             taken[field.name] = value.take(rows)
-    return replace(annotations, **taken | {"image_index": np.searchsorted(places, annotations.image_index[rows])})
+    return replace(annotations, **taken | {"image_index": np.searchsorted(indices, annotations.image_index[rows])})
 
 
 def image_ids_sha256(image_ids: Sequence[int]) -> str:
-    """What tells whether two numbers are of the same images: the hash of the ids in ascending order, one per line.
+    """Return the hash of image ids in ascending order, one per line, which identifies the images of a result.
 
-    It is what `sort -n | sha256sum` gives for the ids.
+    `sort -n | sha256sum` gives the same for the ids.
 
     >>> image_ids_sha256([2, 1])[:12]
     'a6e2b7a04068'
@@ -85,22 +85,22 @@ def write_subset(
 ) -> dict[str, Any]:
     """Write a subset as a dataset of its own, and return its manifest.
 
-    The folder holds annotations/NAME.json, where each record that is taken is as it was, with every key; the pictures,
-    in a folder of the same name as `images`; and manifest.json: the source and its SHA-256, the options, images and
+    The folder holds annotations/NAME.json, with the selected records unchanged, with every key; the image files, in
+    a folder of the same name as `images`; and manifest.json: the source and its SHA-256, the options, images and
     boxes of each category, and the hash of the image ids.
 
     Args:
         annotations: the COCO file of the whole dataset.
         output: the folder to write; it appears only when it is complete.
-        config: which images.
-        images: the folder of the pictures; needed unless `pictures` is "none".
+        config: the selection.
+        images: the folder of the image files; needed unless `pictures` is "none".
         pictures: "link" makes hard links, which take no space and stay when the source is deleted; symbolic links would
             lead out of the folder, which `CocoDetection` refuses. "none" writes the JSON files alone.
 
     Raises:
         ConfigError: the options choose nothing, everything, or contradict each other.
         AnnotationError: the annotation file contradicts itself, the COCO format, or the folder.
-        DataError: `output` holds something, pictures are missing, or links cannot be made.
+        DataError: `output` is not empty, image files are missing, or links cannot be made.
     """
     source, output = Path(annotations), Path(output)
     if config == SubsetConfig():
@@ -131,13 +131,13 @@ def write_subset(
         if images is not None:
             names = chosen.file_names.tolist()
             refuse(examine_files(Path(images), chosen.image_ids, names, source=chosen.source))
-            _take_pictures(Path(images).resolve(), folder, names, link=pictures == "link")
+            _take_image_files(Path(images).resolve(), folder, names, link=pictures == "link")
         folder.rename(output)
     return manifest
 
 
 def _records(content: dict[str, Any], chosen: CocoAnnotations) -> dict[str, Any]:
-    """A file's content with the chosen records alone, each as it is."""
+    """Return a file's content with the selected records alone, unchanged."""
     image_ids, category_ids = set(chosen.image_ids.tolist()), set(chosen.category_ids)
     return {
         **content,
@@ -148,12 +148,12 @@ def _records(content: dict[str, Any], chosen: CocoAnnotations) -> dict[str, Any]
 
 
 def _counts(chosen: CocoAnnotations) -> dict[str, Any]:
-    """Images, boxes and crowds, and for each category the boxes and the images that hold them."""
+    """Return the number of images, boxes and crowds, and for each category that of boxes and of images with it."""
     boxes = ~chosen.is_crowd
     pairs = np.unique(np.stack([chosen.labels[boxes], chosen.image_index[boxes]]), axis=1)
     count = len(chosen.category_names)
-    held, found = np.bincount(pairs[0], minlength=count), np.bincount(chosen.labels[boxes], minlength=count)
-    per_class = zip(chosen.category_names, held.tolist(), found.tolist(), strict=True)
+    of_images, of_boxes = np.bincount(pairs[0], minlength=count), np.bincount(chosen.labels[boxes], minlength=count)
+    per_class = zip(chosen.category_names, of_images.tolist(), of_boxes.tolist(), strict=True)
     return {
         "images": len(chosen.image_ids),
         "boxes": int(boxes.sum()),
@@ -162,8 +162,8 @@ def _counts(chosen: CocoAnnotations) -> dict[str, Any]:
     }
 
 
-def _take_pictures(source: Path, folder: Path, names: Sequence[str], *, link: bool) -> None:
-    for name in dict.fromkeys(names):  # images may share a picture
+def _take_image_files(source: Path, folder: Path, names: Sequence[str], *, link: bool) -> None:
+    for name in dict.fromkeys(names):  # images may share a file
         taken = folder / source.name / name
         taken.parent.mkdir(parents=True, exist_ok=True)
         original = (source / name).resolve()
@@ -174,7 +174,7 @@ def _take_pictures(source: Path, folder: Path, names: Sequence[str], *, link: bo
             os.link(original, taken)
         except OSError as error:
             raise DataError(
-                f"hard link cannot be made | where: file={original} | got {error.strerror} | fix: copy the pictures, "
+                f"hard link cannot be made | where: file={original} | got {error.strerror} | fix: copy the files, "
                 "or write to the disk that holds them"
             ) from error
 

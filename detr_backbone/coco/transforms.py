@@ -1,4 +1,4 @@
-"""From a picture and its boxes in pixels to what DETR trains on.
+"""Transforms of images and boxes, as in the training of DETR.
 
 Every draw comes from torch's generator, so that a seed decides the whole epoch and a resumed run can repeat it.
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
-    """How pictures are resized, varied and normalised.
+    """Resizing, augmentation and normalisation of images.
 
     Attributes:
-        scales: pixels of the shorter side in training, one drawn per picture.
-        max_size: pixels that the longer side may have.
-        crop: in training, cut a random region out of every second picture before it is resized.
-        crop_scales: pixels of the shorter side before a crop, one drawn per picture.
+        scales: pixels of the shorter side in training, one drawn per image.
+        max_size: the most pixels of the longer side.
+        crop: in training, cut a random region out of every second image before it is resized.
+        crop_scales: pixels of the shorter side before a crop, one drawn per image.
         crop_sides: shortest and longest side of a crop in pixels.
-        horizontal_flip: share of training pictures that are mirrored left to right.
-        vertical_flip: share of training pictures that are mirrored top to bottom; for pictures without an up.
+        horizontal_flip: fraction of training images that are mirrored left to right.
+        vertical_flip: fraction of training images that are mirrored top to bottom; for images such as aerial ones.
         color_jitter: strength of random brightness, contrast and saturation, each within 1 +- this factor.
         mean: of each channel, red first, in 0 .. 1; the default is ImageNet's.
         std: of each channel; the default is ImageNet's.
@@ -59,8 +59,8 @@ class TransformConfig:
             ("max_size", self.max_size >= 1, "a positive size"),
             ("crop_scales", bool(self.crop_scales) and min(self.crop_scales) >= 1, "at least one positive size"),
             ("crop_sides", 1 <= self.crop_sides[0] <= self.crop_sides[1], "shortest, longest, both positive"),
-            ("horizontal_flip", 0 <= self.horizontal_flip <= 1, "a share between 0 and 1"),
-            ("vertical_flip", 0 <= self.vertical_flip <= 1, "a share between 0 and 1"),
+            ("horizontal_flip", 0 <= self.horizontal_flip <= 1, "a fraction between 0 and 1"),
+            ("vertical_flip", 0 <= self.vertical_flip <= 1, "a fraction between 0 and 1"),
             ("color_jitter", 0 <= self.color_jitter <= 1, "a strength between 0 and 1"),
             ("std", min(self.std) > 0, "positive numbers"),
             ("eval_size", self.eval_size >= 1, "a positive size"),
@@ -70,9 +70,9 @@ class TransformConfig:
 
 
 def make_transforms(config: TransformConfig, *, train: bool) -> "v2.Compose":
-    """The transforms of a `CocoDetection`: (uint8 image, target) in, (float32 [3, h, w] normalised, target) out.
+    """Return the transforms of a `CocoDetection`: (uint8 image, target) in, (float32 [3, h, w] normalised, target) out.
 
-    Boxes come out as cxcywh shares of the image. A box that a crop leaves without area goes, and its label with it.
+    Boxes come out as cxcywh in fractions of the image. A box without area after a crop is removed with its label.
 
     >>> from torchvision import tv_tensors
     >>> transforms = make_transforms(TransformConfig(), train=False)
@@ -84,8 +84,8 @@ def make_transforms(config: TransformConfig, *, train: bool) -> "v2.Compose":
     """
     from torchvision.transforms import v2
 
-    # In 0 .. 255, which saves a pass; in place, for values that were uint8 before are nobody else's.
-    mean, std = ([255 * share for share in shares] for shares in (config.mean, config.std))
+    # In 0 .. 255, which saves a pass; in place, as the conversion from uint8 has made a copy.
+    mean, std = ([255 * value for value in values] for values in (config.mean, config.std))
     finish = [v2.ToDtype(torch.float32), v2.Normalize(mean, std, inplace=True), finish_target]
     if not train:
         return v2.Compose([ResizeShorterSide((config.eval_size,), config.max_size), *finish])
@@ -103,11 +103,11 @@ def make_transforms(config: TransformConfig, *, train: bool) -> "v2.Compose":
 
 
 def resized_size(size: Size, shorter: int, max_size: int | None = None) -> Size:
-    """The (h, w) to which a picture of this (h, w) is resized: DETR's rule, pixel by pixel.
+    """Return the (h, w) to which an image of this (h, w) is resized: DETR's rule, pixel by pixel.
 
     The shorter side becomes `shorter`, or less where the longer one would pass `max_size`; the longer one is rounded
     down. Rounding the shorter side up may let the longer one pass `max_size` by a few pixels, as in DETR. No side falls
-    below one pixel: a picture for which the rule gives none becomes a line of `max_size` pixels.
+    below one pixel: an image for which the rule gives none becomes a line of `max_size` pixels.
 
     >>> resized_size((480, 640), 800, 1333), resized_size((427, 640), 800, 1333), resized_size((1000, 4000), 800, 1333)
     ((800, 1066), (800, 1199), (333, 1332))
@@ -123,7 +123,7 @@ def resized_size(size: Size, shorter: int, max_size: int | None = None) -> Size:
 
 @dataclass(frozen=True)
 class ResizeShorterSide:
-    """Resize so that the shorter side is one of `scales`, drawn anew for each picture."""
+    """Resize so that the shorter side is one of `scales`, drawn for each image."""
 
     scales: Sequence[int]
     max_size: int | None = None
@@ -138,7 +138,7 @@ class ResizeShorterSide:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cut out a region with sides between the two of `sides`, or as long as the picture where that is shorter."""
+    """Cut out a region with sides between the two of `sides`, or as long as the image if that is shorter."""
 
     sides: tuple[int, int]
 
@@ -146,26 +146,26 @@ class RandomCrop:
         from torchvision.transforms.v2 import functional as F
 
         low, high = self.sides
-        whole = image.shape[-2:]
-        height, width = (_random_integer(min(low, side), min(high, side)) for side in whole)
-        top, left = _random_integer(0, whole[0] - height), _random_integer(0, whole[1] - width)
+        full = image.shape[-2:]
+        height, width = (_random_integer(min(low, side), min(high, side)) for side in full)
+        top, left = _random_integer(0, full[0] - height), _random_integer(0, full[1] - width)
         region = (top, left, height, width)
         return F.crop(image, *region), {**target, "boxes": F.crop(target["boxes"], *region)}
 
 
 def finish_target(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Plain tensors; boxes with an area, as cxcywh shares of the image, with their labels; `size` of the image."""
+    """Return plain tensors: boxes with an area, as cxcywh in fractions of the image, their labels, and `size`."""
     from torchvision.ops import box_convert
     from torchvision.transforms.v2 import functional as F
 
     height, width = image.shape[-2:]
     boxes = F.clamp_bounding_boxes(target["boxes"]).as_subclass(Tensor)  # a resize may round past the edge
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    shares = box_convert(boxes[keep], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
-    finished: Target = {**target, "boxes": shares, "labels": target["labels"][keep], "size": (height, width)}
+    fractions = box_convert(boxes[keep], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+    finished: Target = {**target, "boxes": fractions, "labels": target["labels"][keep], "size": (height, width)}
     return image.as_subclass(Tensor), finished
 
 
 def _random_integer(low: int, high: int) -> int:
-    """An integer between two bounds that may both be drawn."""
+    """Return a random integer between two bounds, both included."""
     return int(torch.randint(low, high + 1, ()))

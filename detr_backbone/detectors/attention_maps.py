@@ -1,6 +1,6 @@
-"""What a detector looks at: the attention weights of DETR, and the points that Deformable DETR samples.
+"""Records of attention: the weights of DETR, and the points that Deformable DETR samples.
 
-A detector keeps neither. Within these contexts it computes as always, and they are collected on the way.
+A detector stores neither. Within these contexts its outputs are as always, and both are collected on the way.
 """
 
 import inspect
@@ -17,58 +17,60 @@ from detr_backbone.nested_tensor import Size
 
 
 class Samples(NamedTuple):
-    """Where queries looked in one deformable attention; places are shares of the image without its padding."""
+    """Points that one deformable attention sampled, as fractions of the image without its padding."""
 
     locations: Tensor
-    """(x, y) [B, Q, M, L, J, 2] of J points of each of M heads on each of L levels; beyond 0 .. 1 lies no image."""
+    """(x, y) [B, Q, M, L, J, 2] of J points per head and level, M heads, L levels; outside 0 … 1 is no image."""
     weights: Tensor
     """[B, Q, M, L, J], of one query and head 1 in sum."""
     references: Tensor
-    """The points [B, Q, 2] or boxes cxcywh [B, Q, 4] around which they looked."""
+    """The points [B, Q, 2] or boxes cxcywh [B, Q, 4] around which they were sampled."""
 
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the weights [B, M, Q, S] of every nn.MultiheadAttention inside a model by its path, for M heads.
+    """Collect the weights [B, M, Q, S] of every nn.MultiheadAttention inside a model by its path, for M heads.
 
     Over the S cells they sum to 1, and are 0 on padding. torch's fused kernels give no weights, so others are taken
     within the context; their outputs agree up to rounding.
 
     Args:
-        model: DETR, or a part of it such as its decoder, to keep no more than is needed. Paths begin there.
+        model: DETR, or a part of it such as its decoder, to store no more than is needed. Paths begin there.
 
     >>> attention = nn.MultiheadAttention(8, num_heads=2, batch_first=True)
-    >>> with record_attention(nn.ModuleDict({"look": attention})) as weights:
+    >>> with record_attention(nn.ModuleDict({"self_attn": attention})) as weights:
     ...     out = attention(torch.zeros(1, 3, 8), torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), need_weights=False)
-    >>> weights["look"].shape
+    >>> weights["self_attn"].shape
     torch.Size([1, 2, 3, 5])
     """
     weights: dict[str, Tensor] = {}
 
-    def ask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def request_weights(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs | {"need_weights": True, "average_attn_weights": False}
 
-    def keep(path: str, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+    def store(path: str, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
         weights[path] = output[1].detach()
 
     with ExitStack() as hooks:
         for path, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
-                hooks.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(partial(keep, path)).remove)
+                hooks.callback(module.register_forward_pre_hook(request_weights, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(partial(store, path)).remove)
         yield weights
 
 
 @contextmanager
 def record_samples(model: nn.Module) -> Iterator[dict[str, Samples]]:
-    """Collects where every MSDeformAttn inside a model samples, by its path.
+    """Collect the points that every MSDeformAttn inside a model samples, by its path.
 
     Args:
         model: Deformable DETR, or a part of it such as its decoder. Paths begin there.
     """
     samples: dict[str, Samples] = {}
 
-    def keep(path: str, module: MSDeformAttn, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+    def store(path: str, module: MSDeformAttn, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         references, shapes = given["reference_points"], given["spatial_shapes"]
         with torch.no_grad():
@@ -83,13 +85,13 @@ def record_samples(model: nn.Module) -> Iterator[dict[str, Samples]]:
     with ExitStack() as hooks:
         for path, module in model.named_modules():
             if isinstance(module, MSDeformAttn):
-                hook: Callable[..., None] = partial(keep, path)
+                hook: Callable[..., None] = partial(store, path)
                 hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield samples
 
 
 def _valid_ratios(padding_mask: Tensor | None, spatial_shapes: Sequence[Size]) -> Tensor:
-    """The share (x, y) of every padded level that belongs to the image, [B, L, 2]."""
+    """Return the fraction (x, y) of every padded level that belongs to the image, [B, L, 2]."""
     if padding_mask is None:
         return torch.ones(1, len(spatial_shapes), 2)
     parts = torch.split(~padding_mask, [h * w for h, w in spatial_shapes], dim=1)

@@ -1,7 +1,7 @@
-"""Attention that looks at a few learned points of every level instead of at every cell.
+"""Deformable attention: a query attends to a few learned points of every level instead of to every cell.
 
-A query predicts, for each head and level, where to look around its reference point and how much each look weighs; the
-values there are read by bilinear interpolation. Cost grows with the number of cells, not with its square.
+A query predicts, for each head and level, offsets from its reference point and the weight of each; the values there are
+read by bilinear interpolation. Cost grows with the number of cells, not with its square.
 
 Beside the package's axis letters: S cells of all levels one after the other, L levels, M heads, J points of a head on a
 level, D = C / M channels of a head.
@@ -35,7 +35,7 @@ class MSDeformAttn(nn.Module):
         sampling: how values between cells are read; see `sampling_on` for what "auto" takes.
 
     Raises:
-        ConfigError: the heads do not share the channels evenly, or `sampling` is not there.
+        ConfigError: `n_heads` does not divide `d_model`, or `sampling` is not available.
 
     >>> attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3)
     >>> query, reference_points, value = torch.zeros(1, 5, 32), torch.full((1, 5, 2, 2), 0.5), torch.zeros(1, 15, 32)
@@ -68,7 +68,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start with every head looking in its own direction, its j-th point j cells away, and all weights equal."""
+        """Start with a direction of its own for every head, its j-th point j cells away, and equal weights."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -91,11 +91,11 @@ class MSDeformAttn(nn.Module):
         spatial_shapes: Sequence[Size],
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """What each query [B, Q, C] reads, [B, Q, C].
+        """Return the weighted sum of values [B, Q, C] that each query samples.
 
         Args:
             query: [B, Q, C], position included.
-            reference_points: (x, y) [B, Q, L, 2], or boxes cxcywh [B, Q, L, 4]; as a share of the padded level.
+            reference_points: (x, y) [B, Q, L, 2], or boxes cxcywh [B, Q, L, 4]; as a fraction of the padded level.
             value: the levels' cells [B, S, C], row by row, finest level first.
             spatial_shapes: (h, w) of each level in cells.
             padding_mask: bool [B, S], True on cells that read as zeros.
@@ -106,15 +106,14 @@ class MSDeformAttn(nn.Module):
         locations, weights = self.samples(query, reference_points, spatial_shapes)
         value = value.view(*value.shape[:2], self.n_heads, -1)
         read = multi_scale_deformable_attention(value, spatial_shapes, locations, weights, sampling=self.sampling)
-        out: Tensor = self.output_proj(read)
-        return out
+        return self.output_proj(read)
 
     def samples(self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Size]) -> tuple[Tensor, Tensor]:
-        """Where each query looks and how much each look weighs.
+        """Return the locations that each query samples, and their weights.
 
         Returns:
-            Locations (x, y) [B, Q, M, L, J, 2] as a share of the padded level, and weights [B, Q, M, L, J] that sum to
-            one over levels and points.
+            Locations (x, y) [B, Q, M, L, J, 2] as fractions of the padded level, and weights [B, Q, M, L, J], which sum
+            to one over levels and points.
 
         Raises:
             ValueError: `reference_points` are neither points nor boxes.
@@ -137,7 +136,7 @@ class MSDeformAttn(nn.Module):
         return centre + offsets * unit, weights
 
     def _of_points(self, pairs: Tensor) -> Tensor:
-        """From [..., L, 2] to [..., 1, L, J, 2], the same for every head."""
+        """Expand [..., L, 2] to [..., 1, L, J, 2], the same for every head."""
         return pairs[..., None, :, None, :].expand(*pairs.shape[:-2], 1, -1, self.n_points, -1).contiguous()
 
     def extra_repr(self) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from detr_backbone.backbone import Joiner
 from detr_backbone.detectors.deformable_transformer import DeformableTransformer
-from detr_backbone.detectors.detr import MLP
+from detr_backbone.detectors.denoising import ContrastiveDenoising, NoisedQueries
+from detr_backbone.detectors.matcher import Target
+from detr_backbone.detectors.mlp import MLP
 from detr_backbone.detectors.precision import at_least_float32, outside_autocast
 from detr_backbone.detectors.references import refine
 from detr_backbone.errors import ConfigError
@@ -26,7 +28,7 @@ PRIOR_PROBABILITY = 0.01
 
 
 class DeformableDETR(nn.Module):
-    """Images in; for each of Q queries a logit per class and a box out.
+    """Deformable DETR: images in; for each of Q queries a logit per class and a box out.
 
     Where the backbone pads exactly, so does the detector: an image gives the same predictions alone and in any batch.
 
@@ -34,19 +36,21 @@ class DeformableDETR(nn.Module):
         backbone: gives features and positions; all its levels are read.
         transformer: built for the same levels and stages.
         num_classes: K; a logit each for a sigmoid, none for "no object".
-        num_queries: Q, the most objects found in one image.
+        num_queries: Q, the most objects detected in one image.
         num_feature_levels: levels that the transformer reads; those that the backbone lacks are made by convolutions of
             stride 2, the first from the backbone's coarsest level, each other from the one before.
         aux_loss: also give the predictions of every decoder layer but the last.
         with_box_refine: each decoder layer corrects the boxes of the one before, with heads of its own.
         two_stage: the queries are the best of the boxes that every cell proposes.
+        denoising: in training, also decode queries that start from noised targets; needs a transformer with mixed query
+            selection.
 
     Attributes:
         strides: image pixels per cell of each level, finest first.
 
     Raises:
         ConfigError: the backbone has more levels than `num_feature_levels`, an option contradicts the transformer's, or
-            `two_stage` without `with_box_refine`.
+            `two_stage` without `with_box_refine`, or `denoising` without mixed query selection.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class DeformableDETR(nn.Module):
         aux_loss: bool = True,
         with_box_refine: bool = False,
         two_stage: bool = False,
+        denoising: ContrastiveDenoising | None = None,
     ) -> None:
         super().__init__()
         _check_options(
@@ -70,6 +75,10 @@ class DeformableDETR(nn.Module):
             with_box_refine=with_box_refine,
             two_stage=two_stage,
         )
+        if denoising is not None and transformer.query_selection != "mixed":
+            raise ConfigError(
+                f"`denoising` needs a transformer with `query_selection` 'mixed', got {transformer.query_selection!r}"
+            )
         width = transformer.d_model
         self.num_queries = num_queries
         self.aux_loss = aux_loss
@@ -91,6 +100,7 @@ class DeformableDETR(nn.Module):
         self.input_proj = nn.ModuleList(projections)
         self.strides = (*backbone.strides, *(backbone.strides[-1] * 2 ** (n + 1) for n in range(extra)))
         self.backbone = backbone
+        self.denoising = denoising
 
         if with_box_refine:
             transformer.decoder.bbox_embed = self.bbox_embed
@@ -101,27 +111,33 @@ class DeformableDETR(nn.Module):
             with torch.no_grad():
                 self.bbox_embed[0].get_parameter("layers.2.bias")[2:] = -2.0
 
-    def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
-        """Predictions for every query.
+    def forward(
+        self, images: NestedTensor | Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Any]:
+        """Return predictions for every query.
 
         Args:
             images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
+            targets: as `SetCriterion` takes them; read in training with `denoising` only.
 
         Returns:
-            `pred_logits` [B, Q, K]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as shares of the image without its padding;
-            with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first; if two-stage also
-            `enc_outputs`, such a dict for the proposals of all cells.
+            `pred_logits` [B, Q, K]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as fractions of the image without its
+            padding; with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first; if two-stage
+            also `enc_outputs`, such a dict for the proposals of all cells; in training with `denoising` also
+            `dn_outputs`, such dicts for N noised queries, and in it `groups` and `valid` of `NoisedQueries`.
 
         Raises:
-            ValueError: an image has no valid cell, or fewer cells than there are proposals.
+            ValueError: an image has no valid cell, or fewer cells than there are proposals, or `targets` are missing.
         """
         images = as_nested_tensor(images)
+        noised = self._noised(targets)
         levels, positions = self._levels(images)
         states = self.transformer(
             levels,
             positions,
             None if self.query_embed is None else self.query_embed.weight,
             propose_padding=self.backbone.padding == "zeros",
+            noised=noised,
         )
         predictions = [
             {
@@ -131,15 +147,35 @@ class DeformableDETR(nn.Module):
             for layer, (hidden, references) in enumerate(zip(states.hidden, states.references, strict=True))
             if self.aux_loss or layer == len(states.hidden) - 1
         ]
-        outputs: dict[str, Any] = dict(predictions[-1])
-        if self.aux_loss:
-            outputs["aux_outputs"] = predictions[:-1]
+        of_noised: list[dict[str, Tensor]] = []
+        if noised is not None:
+            of_noised, predictions = _split(predictions, noised.valid.shape[1])
+        outputs = self._with_earlier_layers(predictions)
+        if noised is not None:
+            outputs["dn_outputs"] = {
+                **self._with_earlier_layers(of_noised),
+                "groups": noised.groups,
+                "valid": noised.valid,
+            }
         if states.proposals is not None:
             outputs["enc_outputs"] = {"pred_logits": states.proposals.logits, "pred_boxes": states.proposals.boxes}
         return outputs
 
+    def _noised(self, targets: Sequence[Target] | None) -> NoisedQueries | None:
+        if self.denoising is None or not self.training:
+            return None
+        if targets is None:
+            raise ValueError("`targets` must be given in training with `denoising`, got None")
+        return self.denoising(targets)
+
+    def _with_earlier_layers(self, predictions: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        outputs: dict[str, Any] = dict(predictions[-1])
+        if self.aux_loss:
+            outputs["aux_outputs"] = predictions[:-1]
+        return outputs
+
     def _levels(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """Every level at the transformer's width, and its positions."""
+        """Return every level at the transformer's width, and its positions."""
         if not torch.compiler.is_compiling():
             _ = images.sizes  # refuses an image that is padding only, and padding above or left of an image
         features, positions = self.backbone(images)
@@ -160,18 +196,26 @@ class ValidGroupNorm(nn.GroupNorm):
     """GroupNorm that can leave padding out of its statistics."""
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Normalised [B, C, h, w]; with `valid` [B, h, w] only those cells count, and all others become zeros."""
+        """Return x normalised [B, C, h, w]; with `valid` [B, h, w] only those cells count, and others become zeros."""
         if valid is None:
             # F.group_norm would refuse one cell with one channel per group, but only where it is alone in its batch.
             return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        grouped = at_least_float32(x).view(len(x), self.num_groups, -1, *x.shape[2:])
-        share = valid / (valid.sum(dim=(1, 2), keepdim=True) * grouped.shape[2])
-        share = share[:, None, None]
-        centred = grouped - (grouped * share).sum(dim=(2, 3, 4), keepdim=True)
-        variance = (centred.square() * share).sum(dim=(2, 3, 4), keepdim=True)
+        grouped = at_least_float32(x).view(x.shape[0], self.num_groups, -1, *x.shape[2:])
+        weight = valid / (valid.sum(dim=(1, 2), keepdim=True) * grouped.shape[2])
+        weight = weight[:, None, None]
+        centred = grouped - (grouped * weight).sum(dim=(2, 3, 4), keepdim=True)
+        variance = (centred.square() * weight).sum(dim=(2, 3, 4), keepdim=True)
         normed = (centred * (variance + self.eps).rsqrt()).view_as(x)
         normed = normed * self.weight[:, None, None] + self.bias[:, None, None]
         return normed.masked_fill(~valid[:, None], 0).to(self.weight.dtype)
+
+
+def _split(
+    predictions: Sequence[dict[str, Tensor]], count: int
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Return the predictions of the first `count` queries and those of the others, layer by layer."""
+    first = [{name: tensor[:, :count] for name, tensor in layer.items()} for layer in predictions]
+    return first, [{name: tensor[:, count:] for name, tensor in layer.items()} for layer in predictions]
 
 
 def _projection(in_channels: int, out_channels: int, *, kernel_size: int = 1, stride: int = 1) -> nn.Sequential:
@@ -182,7 +226,7 @@ def _projection(in_channels: int, out_channels: int, *, kernel_size: int = 1, st
 
 
 def _heads(head: nn.Module, count: int, *, shared: bool) -> nn.ModuleList:
-    """A head for each use: the same one every time, or copies that train apart."""
+    """Return a head for each use: one shared module, or independent copies."""
     return nn.ModuleList(head if shared else copy.deepcopy(head) for _ in range(count))
 
 

@@ -1,4 +1,4 @@
-"""How deformable attention reads values between cells: three ways to the same numbers, and which of them runs.
+"""Sampling of values between cells for deformable attention: three implementations of equal results, and the choice.
 
 Beside the package's axis letters: S cells of all levels one after the other, L levels, M heads, J points of a head on a
 level, D channels of a head.
@@ -23,7 +23,7 @@ _BAGS_AT_ONCE = 512  # the values they read, 4 MiB of float32 as published, stay
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Refuse a way of sampling that is unknown or not installed.
+    """Refuse an implementation that is unknown or not installed.
 
     Raises:
         ConfigError: names it, and how to install it.
@@ -38,9 +38,9 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def sampling_on(device: torch.device | str, sampling: Sampling = "auto") -> Sampling:
-    """The way of sampling that runs on a device; never "auto".
+    """Return the implementation that runs on a device; never "auto".
 
-    Left to choose: `embedding_bag` on a CPU, the fastest there; on a CUDA device `ms_deform_attn` where
+    By default: `embedding_bag` on a CPU, the fastest there; on a CUDA device `ms_deform_attn` where
     torch-ms-deform-attn is installed, except in compiled graphs; else, and in exported graphs, `grid_sample`.
 
     >>> sampling_on("cpu"), sampling_on("cpu", "grid_sample")
@@ -64,7 +64,7 @@ def multi_scale_deformable_attention(
     *,
     sampling: Sampling = "auto",
 ) -> Tensor:
-    """Weighted sums of values read at sub-cell locations, [B, Q, C] in the dtype of `value`.
+    """Return weighted sums of values at sub-cell locations, [B, Q, C] in the dtype of `value`.
 
     Interpolation is bilinear between cell centres, over zeros beyond the border.
 
@@ -73,7 +73,7 @@ def multi_scale_deformable_attention(
         spatial_shapes: (h, w) of each level in cells, S in all.
         sampling_locations: (x, y) [B, Q, M, L, J, 2]; (0, 0) and (1, 1) are a level's outer corners.
         attention_weights: [B, Q, M, L, J].
-        sampling: the way to read; all give the same numbers up to rounding.
+        sampling: the implementation; all give the same values up to rounding.
 
     Raises:
         ValueError: the levels do not have S cells.
@@ -112,12 +112,11 @@ def _by_extension(value: Tensor, spatial_shapes: Sequence[Size], locations: Tens
         starts.append(starts[-1] + h * w)
     # From pageable memory a non-blocking copy is safe, and does not wait for the device.
     shapes, first = (torch.tensor(ints).to(value.device, non_blocking=True) for ints in (spatial_shapes, starts))
-    read: Tensor = ms_deform_attn(value, shapes, first, locations, weights)
-    return read
+    return ms_deform_attn(value, shapes, first, locations, weights)
 
 
 def _by_embedding_bag(value: Tensor, spatial_shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
-    """What a head reads for a query is a bag: four cells around each of its points, and their shares in the sum."""
+    """Sample by `F.embedding_bag`: a bag per query and head, of the four cells around each point and their weights."""
     batch, _, heads, channels = value.shape
     queries, levels, points = locations.shape[1], *locations.shape[3:5]
     atlas, tops = _atlas(value, spatial_shapes)
@@ -127,8 +126,8 @@ def _by_embedding_bag(value: Tensor, spatial_shapes: Sequence[Size], locations: 
         return torch.tensor(numbers, dtype=dtype, device=value.device).repeat_interleave(points)
 
     x, y = locations.reshape(-1, levels * points, 2).unbind(-1)
-    row, below = _cells_and_shares(y, of_points([h for h, _ in spatial_shapes], y.dtype))
-    column, right = _cells_and_shares(x, of_points([w for _, w in spatial_shapes], x.dtype))
+    row, below = _cells_and_fractions(y, of_points([h for h, _ in spatial_shapes], y.dtype))
+    column, right = _cells_and_fractions(x, of_points([w for _, w in spatial_shapes], x.dtype))
     image, head = torch.arange(batch, dtype=torch.int32), torch.arange(heads, dtype=torch.int32)
     slot = (image[:, None, None] * (rows * columns * heads) + head).expand(-1, queries, -1).reshape(-1, 1)
     first = ((row + of_points(tops, torch.int32)) * columns + column + 1) * heads + slot.to(value.device)
@@ -136,14 +135,14 @@ def _by_embedding_bag(value: Tensor, spatial_shapes: Sequence[Size], locations: 
     lower = below * weights.reshape(below.shape)
     upper = weights.reshape(below.shape) - lower
     upper_right, lower_right = upper * right, lower * right
-    shares = torch.stack([upper - upper_right, upper_right, lower - lower_right, lower_right], dim=1)
+    bag_weights = torch.stack([upper - upper_right, upper_right, lower - lower_right, lower_right], dim=1)
     neighbours = (0, heads, columns * heads, (columns + 1) * heads)
-    read: Tensor = _BagSums.apply(atlas.view(-1, channels), first, neighbours, shares)
+    read = _BagSums.apply(atlas.view(-1, channels), first, neighbours, bag_weights)
     return read.view(batch, queries, heads * channels)
 
 
 def _atlas(value: Tensor, spatial_shapes: Sequence[Size]) -> tuple[Tensor, list[int]]:
-    """The levels one below the other in one image [B, rows, columns, M, D], zeros around each, and their first rows."""
+    """Return the levels one below the other in one map [B, rows, columns, M, D], zero-padded, and their first rows."""
     widest = max(w for _, w in spatial_shapes)
     parts = torch.split(value.flatten(2), [h * w for h, w in spatial_shapes], dim=1)
     maps, tops, row = [value.new_zeros(len(value), 1, widest + 2, parts[0].shape[2])], [], 1
@@ -154,10 +153,10 @@ def _atlas(value: Tensor, spatial_shapes: Sequence[Size]) -> tuple[Tensor, list[
     return torch.cat(maps, dim=1).view(len(value), row, widest + 2, *value.shape[2:]), tops
 
 
-def _cells_and_shares(at: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Along one axis, the cell before each location, -1 ... size - 1 as int32, and the share of the cell after it."""
+def _cells_and_fractions(at: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, along one axis, the cell before each location, int32 in -1 … size - 1, and the next cell's weight."""
     at = (at * size - 0.5).clamp(min=-1).minimum(size)  # beyond, all is zero
-    cell = at.detach().floor().minimum(size - 1).nan_to_num(nan=-1)  # of a location that is NaN, the share is
+    cell = at.detach().floor().minimum(size - 1).nan_to_num(nan=-1)  # of a NaN location, the fraction is NaN
     return cell.int(), at - cell
 
 
@@ -169,21 +168,21 @@ class _BagSums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, first: Tensor, neighbours: tuple[int, ...], shares: Tensor) -> Tensor:
-        """From a table [R, D], int32 rows [N, P], the distance of each neighbour in rows, and shares [N, 4, P]."""
-        ctx.save_for_backward(table, first, shares)
+    def forward(ctx: Any, table: Tensor, first: Tensor, neighbours: tuple[int, ...], bag_weights: Tensor) -> Tensor:
+        """Sum rows of a table [R, D]: int32 indices [N, P], distances of neighbours in rows, weights [N, 4, P]."""
+        ctx.save_for_backward(table, first, bag_weights)
         ctx.neighbours = neighbours
         index = _with_neighbours(first, neighbours)
-        return F.embedding_bag(index, table, mode="sum", per_sample_weights=shares.flatten(1))
+        return F.embedding_bag(index, table, mode="sum", per_sample_weights=bag_weights.flatten(1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        """The gradients of the table and of the shares."""
-        table, first, shares = ctx.saved_tensors
+        """Return the gradients of the table and of the weights."""
+        table, first, bag_weights = ctx.saved_tensors
         grad = grad.contiguous()
-        of_shares = torch.empty_like(shares)
-        parts = zip(*(tensor.split(_BAGS_AT_ONCE) for tensor in (first, grad, of_shares)), strict=True)
+        of_weights = torch.empty_like(bag_weights)
+        parts = zip(*(tensor.split(_BAGS_AT_ONCE) for tensor in (first, grad, of_weights)), strict=True)
         for some, theirs, out in parts:
             index = _with_neighbours(some, ctx.neighbours)
             rows = table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
@@ -193,15 +192,15 @@ class _BagSums(torch.autograd.Function):
         start = torch.searchsorted(row, torch.arange(len(table), dtype=row.dtype, device=row.device))
         reader = order // first.shape[1]
         of_table = torch.zeros_like(table)
-        for distance, share in zip(ctx.neighbours, shares.unbind(dim=1), strict=True):
-            weight = share.flatten().index_select(0, order)
+        for distance, weights in zip(ctx.neighbours, bag_weights.unbind(dim=1), strict=True):
+            weight = weights.flatten().index_select(0, order)
             read = F.embedding_bag(reader, grad, start, mode="sum", per_sample_weights=weight)
             of_table[distance:] += read[: len(table) - distance]
-        return of_table, None, None, of_shares
+        return of_table, None, None, of_weights
 
 
 def _with_neighbours(first: Tensor, neighbours: Sequence[int]) -> Tensor:
-    """[N, 4 * P] from [N, P]."""
+    """Expand row indices [N, P] to those of their neighbours too, [N, 4 * P]."""
     distances = torch.tensor(neighbours, dtype=first.dtype, device=first.device)
     return (first[:, None] + distances[:, None]).flatten(1)
 

@@ -1,7 +1,7 @@
 """The encoder and decoder of Deformable DETR: deformable attention among the cells of all levels, and to them.
 
-Every query carries a reference point or box, as a share of its image without padding; attention looks around it, and
-box refinement moves it from layer to layer.
+Every query carries a reference point or box, as fractions of its image without padding; attention samples around it,
+and box refinement moves it from layer to layer.
 
 Beside the package's axis letters: S cells of all levels one after the other, L levels, N decoder layers.
 
@@ -15,16 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from detr_backbone.detectors.deformable_attention import MSDeformAttn
+from detr_backbone.detectors.deformable_layers import (
+    DeformableTransformerDecoder,
+    DeformableTransformerDecoderLayer,
+    DeformableTransformerEncoder,
+    DeformableTransformerEncoderLayer,
+)
 from detr_backbone.detectors.deformable_sampling import Sampling
-from detr_backbone.detectors.dropout import Dropout
+from detr_backbone.detectors.denoising import NoisedQueries
+from detr_backbone.detectors.mlp import MLP
 from detr_backbone.detectors.precision import outside_autocast
-from detr_backbone.detectors.references import Cells, box_encoding, refine
+from detr_backbone.detectors.query_selection import (
+    QUERY_SELECTIONS,
+    Proposals,
+    Queries,
+    QuerySelection,
+    best_boxes,
+    check_candidates,
+    propose,
+)
+from detr_backbone.detectors.references import ANCHOR_SIZE, Cells, box_encoding
 from detr_backbone.detectors.transformer import ACTIVATIONS, Activation
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor
-
-PADDED_LOGIT = -1e4
-"""Of a padded cell: below every valid one, nothing to a focal loss, and finite where it is matched all the same."""
 
 
 class DeformableTransformer(nn.Module):
@@ -36,16 +49,20 @@ class DeformableTransformer(nn.Module):
         num_encoder_layers: layers of deformable self-attention over cells.
         num_decoder_layers: N, layers of attention between queries and from queries to cells.
         dim_feedforward: hidden width of the two-layer network in every layer.
-        dropout: share of values dropped in attention between queries, in that network and before every residual sum.
+        dropout: fraction of values dropped in attention between queries, in that network and before every residual sum.
         activation: `relu` (published) or `gelu`.
         num_feature_levels: L.
         enc_n_points, dec_n_points: points that a head samples on each level.
         two_stage: take the queries from the best of the boxes that every cell proposes, instead of learning them.
         two_stage_num_proposals: Q, how many proposals become queries.
+        anchor_size: two-stage only: side of the boxes that cells of the finest level propose before training, as a
+            fraction of the image; it doubles from level to level.
+        query_selection: two-stage only: how proposals learn and become queries; see `QUERY_SELECTIONS`.
         sampling: how attention reads values between cells; see `MSDeformAttn`.
 
     Raises:
-        ConfigError: `nhead` does not divide `d_model`, `activation` is unknown, or `sampling` is not there.
+        ConfigError: `nhead` does not divide `d_model`, `activation` or `query_selection` is unknown, `sampling` is not
+            available, the anchors of a level are larger than the image, or an option is read by two-stage only.
 
     >>> transformer = DeformableTransformer(d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=3,
     ...                                     num_feature_levels=2)
@@ -70,15 +87,20 @@ class DeformableTransformer(nn.Module):
         enc_n_points: int = 4,
         two_stage: bool = False,
         two_stage_num_proposals: int = 300,
+        anchor_size: float = ANCHOR_SIZE,
+        query_selection: QuerySelection = "published",
         sampling: Sampling = "auto",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ConfigError(f"`activation` must be one of {list(ACTIVATIONS)}, got {activation!r}")
+        _check_stages(two_stage, anchor_size, query_selection, num_feature_levels)
         self.d_model = d_model
         self.num_feature_levels = num_feature_levels
         self.two_stage = two_stage
         self.two_stage_num_proposals = two_stage_num_proposals
+        self.anchor_size = anchor_size
+        self.query_selection = query_selection
 
         def encoder_layer() -> DeformableTransformerEncoderLayer:
             attention = MSDeformAttn(d_model, num_feature_levels, nhead, enc_n_points, sampling=sampling)
@@ -89,11 +111,17 @@ class DeformableTransformer(nn.Module):
             return DeformableTransformerDecoderLayer(attention, nhead, dim_feedforward, dropout, activation)
 
         self.encoder = DeformableTransformerEncoder([encoder_layer() for _ in range(num_encoder_layers)])
-        self.decoder = DeformableTransformerDecoder([decoder_layer() for _ in range(num_decoder_layers)])
+        self.decoder = DeformableTransformerDecoder(
+            [decoder_layer() for _ in range(num_decoder_layers)],
+            MLP(2 * d_model, d_model, d_model, num_layers=2) if query_selection == "mixed" else None,
+        )
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
+        if query_selection == "mixed":
+            self.tgt_embed = nn.Embedding(two_stage_num_proposals, d_model)
+        elif two_stage:
             self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
             self.pos_trans_norm = nn.LayerNorm(2 * d_model)
         else:
@@ -109,6 +137,8 @@ class DeformableTransformer(nn.Module):
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
         nn.init.normal_(self.level_embed)
+        if self.query_selection == "mixed":
+            nn.init.normal_(self.tgt_embed.weight)
         if not self.two_stage:
             nn.init.zeros_(self.reference_points.bias)
 
@@ -119,18 +149,22 @@ class DeformableTransformer(nn.Module):
         query_embed: Tensor | None = None,
         *,
         propose_padding: bool = False,
+        noised: NoisedQueries | None = None,
     ) -> "DecoderStates":
-        """Every query's state after each decoder layer, and the reference it looked around there.
+        """Return every query's state after each decoder layer, and the references that the layer sampled around.
 
         Args:
             levels: features [B, C, h, w] with their masks, finest first.
             positions: [B, C, h, w] of each level.
             query_embed: [Q, 2C], each query's learned position and first content; None if two-stage.
             propose_padding: let padded cells compete for the proposals, as the original code does; then an image's
-                proposals depend on who shares its batch.
+                proposals depend on the other images of its batch.
+            noised: N queries that start from noised targets; they come before the Q others, which do not attend to
+                them. Mixed query selection only.
 
         Raises:
-            ValueError: `query_embed` is missing, or an image has fewer cells than there are proposals.
+            ValueError: `query_embed` is missing, an image has fewer cells than there are proposals, or `noised` comes
+                without mixed query selection.
         """
         cells = Cells.of(levels)
         src = _in_sequence([level.tensors for level in levels])
@@ -139,162 +173,77 @@ class DeformableTransformer(nn.Module):
 
         proposals = None
         if self.two_stage:
-            self._check_candidates(levels, propose_padding=propose_padding)
+            check_candidates(levels, self.two_stage_num_proposals, propose_padding=propose_padding)
             proposals = self._propose(memory, cells, propose_padding=propose_padding)
-            references, query_pos, tgt = self._queries(proposals, memory.dtype)
+            queries = self._selected_queries(proposals, memory.dtype)
         elif query_embed is not None:
-            query_pos, tgt = query_embed.expand(len(src), -1, -1).chunk(2, dim=-1)
-            references = outside_autocast(self.reference_points, query_pos).sigmoid()
+            query_pos, tgt = query_embed.expand(src.shape[0], -1, -1).chunk(2, dim=-1)
+            queries = Queries(tgt, outside_autocast(self.reference_points, query_pos).sigmoid(), query_pos)
         else:
             raise ValueError("`query_embed` must be [Q, 2C] where the transformer is not two-stage, got None")
-        hidden, looked_around = self.decoder(tgt, query_pos, references, memory, cells)
-        return DecoderStates(hidden, looked_around, proposals)
+        mask = None
+        if noised is not None:
+            if queries.position is not None:
+                raise ValueError("`noised` needs a transformer with `query_selection` 'mixed', got 'published'")
+            mask = noised.attention_mask(queries.content.shape[1])
+            queries = Queries(
+                torch.cat([noised.content, queries.content], dim=1),
+                torch.cat([noised.boxes, queries.references], dim=1),
+                queries.position,
+            )
+        hidden, layer_references = self.decoder(queries, memory, cells, mask)
+        return DecoderStates(hidden, layer_references, proposals)
 
-    def _propose(self, memory: Tensor, cells: Cells, *, propose_padding: bool) -> "Proposals":
+    def _propose(self, memory: Tensor, cells: Cells, *, propose_padding: bool) -> Proposals:
         class_embed, bbox_embed = self.decoder.class_embed, self.decoder.bbox_embed
         if class_embed is None or bbox_embed is None:
             raise ValueError("a two-stage transformer needs `decoder.class_embed` and `decoder.bbox_embed`, got None")
-        anchors = cells.anchors()
-        usable = ((anchors > 0.01) & (anchors < 0.99)).all(dim=-1, keepdim=True)  # padding has its centres beyond 1
-        content = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
-        logits = outside_autocast(class_embed[-1], content)
-        if not propose_padding and cells.mask is not None:
-            logits = logits.masked_fill(cells.mask[..., None], PADDED_LOGIT)
-        boxes = refine(anchors, outside_autocast(bbox_embed[-1], content))
-        return Proposals(logits, boxes.masked_fill(~usable, 1))
+        return propose(
+            memory,
+            cells,
+            lambda content: self.enc_output_norm(self.enc_output(content)),
+            class_embed[-1],
+            bbox_embed[-1],
+            anchor_size=self.anchor_size,
+            propose_padding=propose_padding,
+        )
 
-    def _queries(self, proposals: "Proposals", dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [B, Q, 4], positions [B, Q, C] and first contents [B, Q, C] of the proposals of the highest score."""
-        # Trained on proposals whose labels are all 0, the first logit says how much of an object there is.
-        best = proposals.logits[..., 0].topk(self.two_stage_num_proposals, dim=1).indices
-        references = proposals.boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+    def _selected_queries(self, proposals: Proposals, dtype: torch.dtype) -> Queries:
+        references = best_boxes(proposals, self.two_stage_num_proposals, self.query_selection)
+        if self.query_selection == "mixed":
+            content = self.tgt_embed.weight.expand(references.shape[0], -1, -1)
+            return Queries(content, references, position=None)
         encoded = box_encoding(references, self.d_model // 2).to(dtype)
         query_pos, tgt = self.pos_trans_norm(self.pos_trans(encoded)).chunk(2, dim=-1)
-        return references, query_pos, tgt
-
-    def _check_candidates(self, levels: Sequence[NestedTensor], *, propose_padding: bool) -> None:
-        whole = propose_padding or torch.compiler.is_compiling()  # a graph does not know the sizes
-        for index in range(len(levels[0])):
-            shapes = [level.tensors.shape[-2:] if whole else level.sizes[index] for level in levels]
-            count = sum(h * w for h, w in shapes)
-            if count < self.two_stage_num_proposals:
-                raise ValueError(
-                    f"`two_stage_num_proposals` must be at most the {count} cells of image {index} of the batch, got "
-                    f"{self.two_stage_num_proposals}; lower it, or enlarge the image"
-                )
-
-
-class Proposals(NamedTuple):
-    """What every cell proposes in the first stage: `logits` [B, S, K] and `boxes` [B, S, 4], cxcywh."""
-
-    logits: Tensor
-    boxes: Tensor
+        return Queries(tgt, references, query_pos)
 
 
 class DecoderStates(NamedTuple):
-    """What the decoder gives; `hidden` and `references` hold one entry per layer, first layer first."""
+    """Outputs of the decoder; `hidden` and `references` hold one entry per layer, first layer first."""
 
     hidden: list[Tensor]
     """The queries [B, Q, C] after the layer."""
     references: list[Tensor]
-    """The points [B, Q, 2] or boxes [B, Q, 4] that it looked around, as shares of the image without its padding."""
+    """The points [B, Q, 2] or boxes [B, Q, 4] it sampled around, as fractions of the image without its padding."""
     proposals: Proposals | None
-
-
-class DeformableTransformerEncoder(nn.Module):
-    """Deformable self-attention among the cells of all levels, layer after layer."""
-
-    def __init__(self, layers: "list[DeformableTransformerEncoderLayer]") -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, src: Tensor, pos: Tensor, cells: Cells) -> Tensor:
-        """Cells [B, S, C] with knowledge of each other."""
-        references = cells.on_levels(cells.centres)
-        for layer in self.layers:
-            src = layer(src, pos, references, cells)
-        return src
-
-
-class DeformableTransformerDecoder(nn.Module):
-    """Attention between queries and from queries to the cells around their references, layer after layer.
-
-    Attributes:
-        bbox_embed: the detector's box heads, one per layer, where each layer refines the boxes of the one before; else
-            None. A two-stage detector has one head more, the last, for its proposals, and gives `class_embed` as well.
-    """
-
-    def __init__(self, layers: "list[DeformableTransformerDecoderLayer]") -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.bbox_embed: nn.ModuleList | None = None
-        self.class_embed: nn.ModuleList | None = None
-
-    def forward(
-        self, tgt: Tensor, query_pos: Tensor, references: Tensor, memory: Tensor, cells: Cells
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The queries' states [B, Q, C] after each layer, and the references that the layer looked around."""
-        hidden, looked_around = [], []
-        for index, layer in enumerate(self.layers):
-            tgt = layer(tgt, query_pos, cells.on_levels(references), memory, cells)
-            hidden.append(tgt)
-            looked_around.append(references)
-            if self.bbox_embed is not None:
-                references = refine(references, outside_autocast(self.bbox_embed[index], tgt)).detach()
-        return hidden, looked_around
-
-
-class DeformableTransformerEncoderLayer(nn.Module):
-    """Deformable self-attention, then a feed-forward network. Arguments are those of `DeformableTransformer`."""
-
-    def __init__(self, self_attn: MSDeformAttn, dim_feedforward: int, dropout: float, activation: Activation) -> None:
-        super().__init__()
-        d_model = self_attn.d_model
-        self.self_attn = self_attn
-        self.norm1 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, src: Tensor, pos: Tensor, references: Tensor, cells: Cells) -> Tensor:
-        """Cells [B, S, C] after this layer; `references` [B, S, L, 2] are their centres on every padded level."""
-        seen = self.self_attn(src + pos, references, src, cells.spatial_shapes, cells.mask)
-        src = self.norm1(src + self.dropout(seen))
-        thought = self.linear2(self.dropout(self.activation(self.linear1(src))))
-        out: Tensor = self.norm2(src + self.dropout(thought))
-        return out
-
-
-class DeformableTransformerDecoderLayer(nn.Module):
-    """Attention between queries, deformable attention to cells, then a feed-forward network."""
-
-    def __init__(
-        self, cross_attn: MSDeformAttn, nhead: int, dim_feedforward: int, dropout: float, activation: Activation
-    ) -> None:
-        super().__init__()
-        d_model = cross_attn.d_model
-        self.cross_attn = cross_attn
-        self.norm1 = nn.LayerNorm(d_model)
-        self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm3 = nn.LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, tgt: Tensor, query_pos: Tensor, references: Tensor, memory: Tensor, cells: Cells) -> Tensor:
-        """Query states [B, Q, C] after this layer; `references` [B, Q, L, 2 or 4] lie on the padded levels."""
-        query = tgt + query_pos
-        tgt = self.norm2(tgt + self.dropout(self.self_attn(query, query, tgt, need_weights=False)[0]))
-        seen = self.cross_attn(tgt + query_pos, references, memory, cells.spatial_shapes, cells.mask)
-        tgt = self.norm1(tgt + self.dropout(seen))
-        thought = self.linear2(self.dropout(self.activation(self.linear1(tgt))))
-        out: Tensor = self.norm3(tgt + self.dropout(thought))
-        return out
 
 
 def _in_sequence(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([features.flatten(2).transpose(1, 2) for features in maps], dim=1)
+
+
+def _check_stages(two_stage: bool, anchor_size: float, query_selection: str, num_feature_levels: int) -> None:
+    if query_selection not in QUERY_SELECTIONS:
+        raise ConfigError(f"`query_selection` must be one of {list(QUERY_SELECTIONS)}, got {query_selection!r}")
+    for name, got, default in (
+        ("query_selection", query_selection, "published"),
+        ("anchor_size", anchor_size, ANCHOR_SIZE),
+    ):
+        if not two_stage and got != default:
+            raise ConfigError(f"`{name}` must be {default} without `two_stage`, which alone reads it, got {got}")
+    largest = anchor_size * 2 ** (num_feature_levels - 1)
+    if two_stage and not (anchor_size > 0.01 and largest < 0.99):
+        raise ConfigError(
+            f"`anchor_size` must be above 0.01 and below {0.99 / 2 ** (num_feature_levels - 1):g}, so that the anchors "
+            f"of {num_feature_levels} levels, twice as large on each, fit into the image, got {anchor_size}"
+        )

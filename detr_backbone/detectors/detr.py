@@ -1,16 +1,16 @@
-"""DETR: a backbone, a transformer over its coarsest feature map, and two heads that read a box from every query.
+"""DETR: a backbone, a transformer over its coarsest feature map, and heads for the class and the box of every query.
 
 Source: "End-to-End Object Detection with Transformers" (https://arxiv.org/abs/2005.12872), section 3.2.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.backbone import Joiner
+from detr_backbone.detectors.matcher import Target
+from detr_backbone.detectors.mlp import MLP
 from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.transformer import Transformer
 from detr_backbone.nested_tensor import NestedTensor, as_nested_tensor
@@ -23,7 +23,7 @@ class DETR(nn.Module):
         backbone: gives features and positions; only the coarsest level is read.
         transformer: built with `return_intermediate_dec=True` where `aux_loss` is wanted.
         num_classes: K; the class head has one logit more, the last, for "no object".
-        num_queries: Q, the most objects found in one image.
+        num_queries: Q, the most objects detected in one image.
         aux_loss: also give the predictions of every decoder layer but the last.
 
     Raises:
@@ -53,14 +53,17 @@ class DETR(nn.Module):
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
         self.backbone = backbone
 
-    def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
-        """Predictions for every query.
+    def forward(
+        self, images: NestedTensor | Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Any]:
+        """Return predictions for every query.
 
         Args:
             images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
+            targets: not read; every detector takes them, so that one training loop serves all.
 
         Returns:
-            `pred_logits` [B, Q, K + 1]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as shares of the image without its
+            `pred_logits` [B, Q, K + 1]; `pred_boxes` [B, Q, 4], (cx, cy, w, h) as fractions of the image without its
             padding; with `aux_loss` also `aux_outputs`, a list of such dicts, first decoder layer first.
         """
         features, positions = self.backbone(as_nested_tensor(images))
@@ -74,20 +77,3 @@ class DETR(nn.Module):
             earlier = zip(logits[:-1], boxes[:-1], strict=True)
             outputs["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
         return outputs
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them; with `num_layers=1` a single linear layer."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
-        super().__init__()
-        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From [..., input_dim] to [..., output_dim]."""
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = F.relu(layer(x))
-        out: Tensor = last(x)
-        return out

@@ -1,4 +1,4 @@
-"""Which query answers for which object: the cheapest one-to-one assignment of queries to targets, image by image.
+"""Bipartite matching: the one-to-one assignment of queries to targets of the least cost, image by image.
 
 Source: "End-to-End Object Detection with Transformers" (https://arxiv.org/abs/2005.12872), section 3.1; the focal class
 cost is that of Deformable DETR's published code (https://arxiv.org/abs/2010.04159).
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detr_backbone.detectors.iou import generalized_iou
 from detr_backbone.errors import NumericsError
 
 Target: TypeAlias = Mapping[str, Any]
@@ -29,7 +30,7 @@ class HungarianMatcher(nn.Module):
 
     Args:
         cost_class: weight of the class cost.
-        cost_bbox: weight of the L1 distance between (cx, cy, w, h) as shares of the image.
+        cost_bbox: weight of the L1 distance between (cx, cy, w, h) as fractions of the image.
         cost_giou: weight of the negative generalised IoU.
         focal: class cost from the sigmoid focal loss (Deformable DETR), not from the softmax probability (DETR).
 
@@ -54,11 +55,11 @@ class HungarianMatcher(nn.Module):
         self.focal = focal
 
     def forward(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> list[Match]:
-        """Query and target indices of each image's matched pairs, on the CPU, queries ascending.
+        """Return query and target indices of each image's matched pairs, on the CPU, queries ascending.
 
         Args:
             outputs: `pred_logits` [B, Q, K] (one more for "no object" unless `focal`), `pred_boxes` [B, Q, 4] cxcywh.
-            targets: for each image `labels` int64 [N], `boxes` [N, 4] cxcywh as shares of the image, and optionally
+            targets: for each image `labels` int64 [N], `boxes` [N, 4] cxcywh as fractions of the image, and optionally
                 `image_id`, used in messages.
 
         Raises:
@@ -68,34 +69,34 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def match_layers(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[list[Match]]:
-        """As `forward`, for the predictions of L decoder layers at once: [L, B, Q, K] and [L, B, Q, 4].
+        """Return what `forward` does, for the predictions of L decoder layers at once: [L, B, Q, K] and [L, B, Q, 4].
 
-        Waits for the device once. Where an image has more targets than queries, the dearest targets stay unmatched and
-        a warning says so.
+        Waits for the device once. Where an image has more targets than queries, the most expensive targets stay
+        unmatched, with a warning.
         """
         counts = [len(target["labels"]) for target in targets]
-        _warn_of_lost_targets(targets, counts, queries=logits.shape[2])
+        _warn_about_unmatched_targets(targets, counts, queries=logits.shape[2])
         terms = self._terms(logits, boxes, targets, counts)
         cost = (terms["class"] + terms["L1"] + terms["GIoU"]).cpu()
         if not torch.isfinite(cost).all():
-            raise NumericsError(_blame(terms, targets, counts))
+            raise NumericsError(_describe_non_finite(terms, targets, counts))
         per_image = [block.transpose(1, 2).double().numpy() for block in torch.split(cost, counts, dim=1)]
         return [[_assign(block[layer]) for block in per_image] for layer in range(len(logits))]
 
     def _terms(
         self, logits: Tensor, boxes: Tensor, targets: Sequence[Target], counts: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Weighted costs [L, T, Q] of all T targets in the batch, each against the queries of its own image."""
+        """Return weighted costs [L, T, Q] of all T targets in the batch, each against the queries of its own image."""
         device = logits.device
         image = torch.repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
         labels = torch.cat([target["labels"] for target in targets]).to(device, torch.int64)
-        wanted = torch.cat([target["boxes"] for target in targets]).to(device, torch.float32).reshape(-1, 1, 4)
+        target_boxes = torch.cat([target["boxes"] for target in targets]).to(device, torch.float32).reshape(-1, 1, 4)
         predicted = boxes.float()[:, image]
         class_cost = self._class_cost(logits.float(), image, labels)
         return {
             "class": self.cost_class * class_cost,
-            "L1": self.cost_bbox * (predicted - wanted).abs().sum(-1),
-            "GIoU": -self.cost_giou * generalized_iou(predicted, wanted),
+            "L1": self.cost_bbox * (predicted - target_boxes).abs().sum(-1),
+            "GIoU": -self.cost_giou * generalized_iou(predicted, target_boxes),
         }
 
     def _class_cost(self, logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
@@ -103,40 +104,18 @@ class HungarianMatcher(nn.Module):
         p = p[:, image, :, labels].transpose(0, 1)
         if not self.focal:
             return -p
-        found = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + FOCAL_EPS).log()
-        missed = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + FOCAL_EPS).log()
-        return found - missed
+        positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + FOCAL_EPS).log()
+        negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + FOCAL_EPS).log()
+        return positive - negative
 
     def extra_repr(self) -> str:
-        """The weights and the kind of class cost, for `repr`."""
+        """Return the weights and the kind of class cost, for `repr`."""
         costs = f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
         return f"{costs}, focal={self.focal}"
 
 
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised IoU of boxes [..., 4] with boxes [..., 4], both cxcywh, pair by pair under broadcasting.
-
-    torchvision's `generalized_box_iou` compares every box of a list with every other, and `generalized_box_iou_loss`
-    waits for the device. Two boxes without area that coincide have 0 here, not NaN.
-
-    Source: https://arxiv.org/abs/1902.09630, algorithm 1.
-
-    >>> generalized_iou(torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([[0.25, 0.25, 0.5, 0.5], [1.5, 0.5, 1, 1]]))
-    tensor([0.2500, 0.0000])
-    """
-    from torchvision.ops import box_convert
-
-    boxes, others = box_convert(boxes, "cxcywh", "xyxy"), box_convert(others, "cxcywh", "xyxy")
-    (low, high), (other_low, other_high) = boxes.chunk(2, dim=-1), others.chunk(2, dim=-1)
-    shared = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(-1)
-    hull = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(-1)
-    union = (high - low).prod(-1) + (other_high - other_low).prod(-1) - shared
-    tiny = torch.finfo(union.dtype).tiny
-    return shared / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
-
-
 def image_name(targets: Sequence[Target], index: int) -> str:
-    """How messages call an image: by its `image_id` where the target has one, by its place in the batch otherwise."""
+    """Return an image's name for messages: its `image_id` where the target has one, else its index in the batch."""
     image_id = targets[index].get("image_id")
     return f"image {index} of the batch" if image_id is None else f"image_id {int(image_id)}"
 
@@ -148,7 +127,7 @@ def _assign(cost: NDArray[np.float64]) -> Match:
     return torch.from_numpy(queries), torch.from_numpy(matched)
 
 
-def _warn_of_lost_targets(targets: Sequence[Target], counts: Sequence[int], *, queries: int) -> None:
+def _warn_about_unmatched_targets(targets: Sequence[Target], counts: Sequence[int], *, queries: int) -> None:
     for index, count in enumerate(counts):
         if count > queries:
             warnings.warn(
@@ -158,7 +137,7 @@ def _warn_of_lost_targets(targets: Sequence[Target], counts: Sequence[int], *, q
             )
 
 
-def _blame(terms: Mapping[str, Tensor], targets: Sequence[Target], counts: list[int]) -> str:
+def _describe_non_finite(terms: Mapping[str, Tensor], targets: Sequence[Target], counts: list[int]) -> str:
     bad_terms, bad_images = [], []
     for name, term in terms.items():
         blocks = [bool(block.isfinite().all()) for block in torch.split(term, counts, dim=1)]

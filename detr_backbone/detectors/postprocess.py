@@ -48,11 +48,11 @@ class PostProcess(nn.Module):
     def forward(
         self, outputs: Mapping[str, Any], target_sizes: Tensor | Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """For each image `scores` [N], `labels` [N], and `boxes` [N, 4], (x1, y1, x2, y2) in pixels, not clipped.
+        """Return for each image `scores` [N], `labels` [N], `boxes` [N, 4] (x1, y1, x2, y2) in pixels, not clipped.
 
         Args:
             outputs: `pred_logits` [B, Q, K + 1] (`softmax`) or [B, Q, K] (`sigmoid`), `pred_boxes` [B, Q, 4] cxcywh as
-                shares of the image.
+                fractions of the image.
             target_sizes: original (h, w) of each image, [B, 2].
 
         Raises:
@@ -86,8 +86,8 @@ class PostProcess(nn.Module):
             )
         finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (logits, boxes)])
         if not finite.all():
-            for name, fine in zip(("pred_logits", "pred_boxes"), finite.tolist(), strict=True):
-                images = [index for index, is_fine in enumerate(fine) if not is_fine]
+            for name, flags in zip(("pred_logits", "pred_boxes"), finite.tolist(), strict=True):
+                images = [index for index, is_finite in enumerate(flags) if not is_finite]
                 if images:
                     raise NumericsError(
                         f"`{name}` must be finite, got NaN or infinity for images {images} of the batch"

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_backbone.detectors.attention import attend
 from detr_backbone.detectors.dropout import Dropout
 
 Activation: TypeAlias = Literal["relu", "gelu"]
 
 
 def _relu(x: Tensor) -> Tensor:
-    """In place in inference. A linear layer returns a view, whose gradients autograd copies if it was written to."""
+    """Return ReLU, in place in inference: autograd would copy the gradient of a view that was written in place."""
     return torch.relu(x) if x.requires_grad else torch.relu_(x)
 
 
@@ -38,7 +39,7 @@ class Transformer(nn.Module):
         num_encoder_layers: layers of self-attention over cells.
         num_decoder_layers: L, layers of attention between queries and from queries to cells.
         dim_feedforward: hidden width of the two-layer network in every layer.
-        dropout: share of values dropped in attention, in that network and before every residual sum.
+        dropout: fraction of values dropped in attention, in that network and before every residual sum.
         activation: `relu` (published) or `gelu`.
         normalize_before: LayerNorm before each step instead of after its residual sum; the encoder then ends in a norm.
         return_intermediate_dec: give the state after each decoder layer, for auxiliary losses, not only the last.
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
     def forward(
         self, src: Tensor, mask: Tensor | None, query_embed: Tensor, pos_embed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Every query's states in the decoder, normalised, and what they looked at.
+        """Return every query's states in the decoder, normalised, and the encoded feature map.
 
         Args:
             src: features [B, C, h, w].
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         cells = src.flatten(2).transpose(1, 2)
         padding = None if mask is None else mask.flatten(1)
         pos = pos_embed.flatten(2).transpose(1, 2)
-        query_pos = query_embed.expand(len(src), -1, -1)
+        query_pos = query_embed.expand(src.shape[0], -1, -1)
 
         memory = self.encoder(cells, padding, pos)
         hidden = self.decoder(torch.zeros_like(query_pos), memory, padding, pos, query_pos)
@@ -132,7 +133,7 @@ class TransformerEncoder(nn.Module):
         self.norm = norm
 
     def forward(self, src: Tensor, padding: Tensor | None, pos: Tensor) -> Tensor:
-        """Cells [B, h*w, C] with knowledge of each other; `padding` [B, h*w] is True on cells not to see."""
+        """Return encoded cells [B, h*w, C]; `padding` [B, h*w] is True on cells that are not attended to."""
         for layer in self.layers:
             src = layer(src, padding, pos)
         if self.norm is not None:
@@ -152,18 +153,17 @@ class TransformerDecoder(nn.Module):
         self.return_intermediate = return_intermediate
 
     def forward(self, tgt: Tensor, memory: Tensor, padding: Tensor | None, pos: Tensor, query_pos: Tensor) -> Tensor:
-        """Normalised query states [L, B, Q, C], or [1, B, Q, C] of the last layer only."""
+        """Return normalised query states [L, B, Q, C], or [1, B, Q, C] of the last layer only."""
         keys = memory + pos
         states = []
         for layer in self.layers:
             tgt = layer(tgt, keys, memory, padding, query_pos)
             states.append(tgt)
-        normalized: Tensor = self.norm(torch.stack(states if self.return_intermediate else states[-1:]))
-        return normalized
+        return self.norm(torch.stack(states if self.return_intermediate else states[-1:]))
 
 
 class _Layer(nn.Module):
-    """What both kinds of layer share: the residual step around each part, and the feed-forward part."""
+    """Base of both kinds of layer: the residual step around each part, and the feed-forward part."""
 
     linear1: nn.Linear
     linear2: nn.Linear
@@ -172,12 +172,12 @@ class _Layer(nn.Module):
     normalize_before: bool
 
     def _step(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-        out: Tensor = x + self.dropout(part(norm(x))) if self.normalize_before else norm(x + self.dropout(part(x)))
-        return out
+        if self.normalize_before:
+            return x + self.dropout(part(norm(x)))
+        return norm(x + self.dropout(part(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(self.activation(self.linear1(x))))
-        return out
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
 class TransformerEncoderLayer(_Layer):
@@ -204,13 +204,13 @@ class TransformerEncoderLayer(_Layer):
         self.normalize_before = normalize_before
 
     def forward(self, src: Tensor, padding: Tensor | None, pos: Tensor) -> Tensor:
-        """Cells [B, h*w, C] after this layer."""
+        """Return cells [B, h*w, C] after this layer."""
 
-        def look_around(x: Tensor) -> Tensor:
+        def self_attention(x: Tensor) -> Tensor:
             query = x + pos
-            return _attend(self.self_attn, query, query, x, padding)
+            return attend(self.self_attn, query, query, x, padding=padding)
 
-        src = self._step(src, self.norm1, look_around)
+        src = self._step(src, self.norm1, self_attention)
         return self._step(src, self.norm2, self._feed_forward)
 
 
@@ -240,23 +240,15 @@ class TransformerDecoderLayer(_Layer):
         self.normalize_before = normalize_before
 
     def forward(self, tgt: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, query_pos: Tensor) -> Tensor:
-        """Query states [B, Q, C] after this layer; `keys` are the cells with their positions, `values` without."""
+        """Return query states [B, Q, C] after this layer; `keys` are the cells with positions, `values` without."""
 
-        def look_around(x: Tensor) -> Tensor:
+        def self_attention(x: Tensor) -> Tensor:
             query = x + query_pos
-            return _attend(self.self_attn, query, query, x, None)
+            return attend(self.self_attn, query, query, x)
 
-        def look_at_image(x: Tensor) -> Tensor:
-            return _attend(self.multihead_attn, x + query_pos, keys, values, padding)
+        def cross_attention(x: Tensor) -> Tensor:
+            return attend(self.multihead_attn, x + query_pos, keys, values, padding=padding)
 
-        tgt = self._step(tgt, self.norm1, look_around)
-        tgt = self._step(tgt, self.norm2, look_at_image)
+        tgt = self._step(tgt, self.norm1, self_attention)
+        tgt = self._step(tgt, self.norm2, cross_attention)
         return self._step(tgt, self.norm3, self._feed_forward)
-
-
-def _attend(
-    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
-) -> Tensor:
-    # Without weights torch takes its fused kernel. A forward pre-hook with kwargs can ask for them all the same.
-    out: Tensor = attention(query, key, value, key_padding_mask=padding, need_weights=False)[0]
-    return out

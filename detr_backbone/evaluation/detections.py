@@ -1,4 +1,4 @@
-"""What a detector found in a dataset, checked and packed into arrays."""
+"""Detections on a dataset, checked and packed into arrays, and the COCO results file that holds them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from pycocotools import mask as rle
 
 from detr_backbone.coco.annotations import CocoAnnotations, read_json
 from detr_backbone.coco.segmentations import EncodedMask
+from detr_backbone.coco.typed_arrays import FloatArray, IntArray
 from detr_backbone.errors import AnnotationError, EvaluationError
 
 
@@ -19,24 +20,24 @@ class Detections:
     """M detections on the images of a `CocoAnnotations`, in any order.
 
     Attributes:
-        image_index: int64 [M], the place of each one's image in `image_ids`.
+        image_index: int64 [M], the index of the image in `image_ids`.
         labels: int64 [M], 0 .. K - 1.
         scores: float64 [M].
         boxes: float64 [M, 4], xywh in pixels of the original image.
         masks: M masks of their images' sizes, or None.
     """
 
-    image_index: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-    boxes: npt.NDArray[np.float64]
+    image_index: IntArray
+    labels: IntArray
+    scores: FloatArray
+    boxes: FloatArray
     masks: Sequence[EncodedMask] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @property
-    def areas(self) -> npt.NDArray[np.float64]:
+    def areas(self) -> FloatArray:
         """float64 [M], in square pixels: of the masks, or of the boxes where there are none."""
         if self.masks is None:
             return self.boxes[:, 2] * self.boxes[:, 3]
@@ -45,7 +46,7 @@ class Detections:
 
 
 def load_detections(path: Path | str, annotations: CocoAnnotations) -> Detections:
-    """The boxes of a COCO results file: a list of `image_id`, `category_id`, `bbox` (xywh in pixels) and `score`.
+    """Return the boxes of a COCO results file, a list of `image_id`, `category_id`, `bbox` (xywh in pixels), `score`.
 
     Raises:
         EvaluationError: the file is no such list, names images or categories that the annotations do not have, or holds
@@ -61,21 +62,21 @@ def load_detections(path: Path | str, annotations: CocoAnnotations) -> Detection
     image_ids, category_ids = (_column(content, key, "an integer", where) for key in ("image_id", "category_id"))
     scores, boxes = _column(content, "score", "a number", where), _column(content, "bbox", "four numbers", where)
     boxes = boxes.reshape(-1, 4)
-    if wrong := np.flatnonzero((boxes[:, 2:] < 0).any(axis=1)).tolist():
+    if invalid := np.flatnonzero((boxes[:, 2:] < 0).any(axis=1)).tolist():
         raise EvaluationError(
-            f"box has a negative side | where: {where} index={wrong[0]} key=bbox | got {boxes[wrong[0]].tolist()} "
+            f"box has a negative side | where: {where} index={invalid[0]} key=bbox | got {boxes[invalid[0]].tolist()} "
             "expected x, y, w, h"
         )
     return Detections(
-        image_index=places_of(image_ids, annotations.image_ids, "image_id", where),
-        labels=places_of(category_ids, np.array(annotations.category_ids), "category_id", where),
+        image_index=indices_of(image_ids, annotations.image_ids, "image_id", where),
+        labels=indices_of(category_ids, np.array(annotations.category_ids), "category_id", where),
         scores=scores,
         boxes=boxes,
     )
 
 
-def places_of(ids: npt.NDArray[np.int64], known: npt.NDArray[np.int64], key: str, where: str) -> npt.NDArray[np.int64]:
-    """The place of each id in `known`, which ascends.
+def indices_of(ids: IntArray, known: IntArray, key: str, where: str) -> IntArray:
+    """Return the index of each id in `known`, which ascends.
 
     Raises:
         EvaluationError: ids are not known.
@@ -94,7 +95,7 @@ def refuse_unknown(ids: Iterable[int], known: Collection[int], key: str, where: 
 
 
 def _column(entries: list[Any], key: str, expected: str, where: str) -> npt.NDArray[Any]:
-    """One field of every entry: int64 [M], float64 [M] or, of four numbers, float64 [M, 4]; all finite."""
+    """Return one field of every entry: int64 [M], float64 [M] or, of four numbers, float64 [M, 4]; all finite."""
     values = [entry.get(key) if isinstance(entry, Mapping) else None for entry in entries]
     types = {int} if expected == "an integer" else {int, float}
     for index, value in enumerate(values):
@@ -107,10 +108,10 @@ def _column(entries: list[Any], key: str, expected: str, where: str) -> npt.NDAr
         column = np.array(values, dtype=np.int64 if types == {int} else np.float64)
     except OverflowError as error:
         raise EvaluationError(f"number is too large | where: {where} key={key} | got {error}") from error
-    if wrong := np.flatnonzero(
+    if invalid := np.flatnonzero(
         ~np.isfinite(column.reshape(len(values), 4 if expected == "four numbers" else 1)).all(axis=1)
     ).tolist():
         raise EvaluationError(
-            f"number is not finite | where: {where} index={wrong[0]} key={key} | got {column[wrong[0]]}"
+            f"number is not finite | where: {where} index={invalid[0]} key={key} | got {column[invalid[0]]}"
         )
     return column

@@ -1,15 +1,15 @@
-"""What random halves of the images tell of COCO's numbers: how far they move, and how much too high they are.
+"""Standard error and bias of COCO's numbers, estimated from random halves of the images.
 
 A dataset is a sample of the images that could have been taken. The numbers of random halves of it show how far they
 would have moved with another sample: a mean over half of n images, drawn without replacement, varies around that of
 all n with the variance s^2 (2/n - 1/n) = s^2/n, as much as that of all n does around the truth. Every half is drawn
-together with the other half of the images, so that what lifts one lowers the other, and their mean is known well.
+together with the other half of the images, so that what raises one lowers the other, and their mean is known well.
 
-An AP is too high on few images: its envelope takes the best precision still to come. The AP of a class that n images
-hold is too high by A (n + 1)^(-2/3), a law found by simulation and not derived. Halves are too high once more, by what
-the law says of the images that they hold of the class, and this tells A: of one class alone for its AP, of all classes
-together for a mean over classes, as a class in one image or two tells little of itself. A recall has no envelope and is
-taken as it is.
+An AP is biased upwards on few images: its envelope takes the best precision still to come. The AP of a class in n
+images has the bias A (n + 1)^(-2/3), a model fitted to simulations and not derived. The AP of a half has the bias of
+its own images with the class, and the difference gives A: from one class alone for its AP, from all classes
+together for a mean over classes, as a class in one or two images says little about itself. A recall has no envelope and
+no bias.
 
 Source: Efron, The Jackknife, the Bootstrap and Other Resampling Plans, 1982: half-sampling; Politis, Romano and Wolf,
 Subsampling, 1999; Satterthwaite, An approximate distribution of estimates of variance components, 1946.
@@ -17,100 +17,104 @@ Subsampling, 1999; Satterthwaite, An approximate distribution of estimates of va
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from detr_backbone.evaluation.average_precision import Numbers, Resampled, Weights
+from detr_backbone.coco.typed_arrays import BoolArray, FloatArray, IntArray
+from detr_backbone.evaluation.average_precision import ResampledStats, Weights
 
-Rows: TypeAlias = npt.NDArray[np.int64]
-
-APS = 6
-"""The first so many of COCO's twelve numbers are APs, the others recalls."""
-_LAW_OFFSET, _LAW_EXPONENT = 1, -2 / 3
-_LAW_UNSURE = 0.1
-"""By this share of itself the bias is taken to be unsure; empirical, as the law is."""
+_BIAS_OFFSET, _BIAS_EXPONENT = 1, -2 / 3
+_BIAS_RELATIVE_ERROR = 0.1
+"""Standard error of a bias as a fraction of itself; empirical, as the model is."""
 _BLOCK = 2**24
 """Weights that are held at once."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Spreads:
-    """The twelve numbers and the AP of each of K classes, all [12 + K]; NaN where halves tell nothing.
+class HalfSamplingEstimates:
+    """The S numbers of a result and the AP of each of K classes, all [S + K]; NaN where halves say nothing.
 
     Attributes:
         estimates: over all images.
         biases: how much too high they are.
-        spreads: standard deviations.
-        freedom: how many independent deviations a spread rests on: its degrees of freedom.
+        standard_errors: of the estimates.
+        degrees_of_freedom: of the standard errors.
     """
 
-    estimates: Numbers
-    biases: Numbers
-    spreads: Numbers
-    freedom: Numbers
+    estimates: FloatArray
+    biases: FloatArray
+    standard_errors: FloatArray
+    degrees_of_freedom: FloatArray
 
     def rows(self) -> Iterator[tuple[float, float, float, float]]:
-        """Estimate, bias, spread and freedom of each number."""
-        columns = (self.estimates, self.biases, self.spreads, self.freedom)
+        """Yield estimate, bias, standard error and degrees of freedom of each number."""
+        columns = (self.estimates, self.biases, self.standard_errors, self.degrees_of_freedom)
         return zip(*(column.tolist() for column in columns), strict=True)
 
 
-def spreads_of(
-    numbers_of: Callable[[Weights | None], Resampled], holders: Rows, *, images: int, resamples: int, seed: int
-) -> Spreads:
-    """How sure numbers are.
+def half_sampling(
+    stats_of: Callable[[Weights | None], ResampledStats],
+    images_with_class: IntArray,
+    *,
+    is_recall: BoolArray,
+    images: int,
+    resamples: int,
+    seed: int,
+) -> HalfSamplingEstimates:
+    """Return bias and standard error of the numbers.
 
     Args:
-        numbers_of: gives the numbers of all images for None, and of resamples for weights [I, B].
-        holders: int64 [12, K], how many images hold objects of the class that count for the number.
+        stats_of: returns the numbers of all images for None, and of resamples for weights [I, B].
+        images_with_class: int64 [S, K], the images with objects of the class that count for the number.
+        is_recall: bool [S], True for the numbers that are recalls.
         images: I.
-        resamples: halves that are drawn, in pairs; the same seed draws the same ones.
+        resamples: halves to draw, in pairs; the same seed draws the same ones.
         seed: of the draws.
     """
-    whole = numbers_of(None)
+    whole = stats_of(None)
     by_class = whole.by_class[:, :, 0]
     count, total, squares = np.zeros((3, *by_class.shape))
     means = []
     for weights in draw_weights(images, resamples, seed=seed):
-        drawn = numbers_of(weights)
+        drawn = stats_of(weights)
         means.append(drawn.stats)
         moved = drawn.by_class - by_class[:, :, None]
-        there = ~np.isnan(moved)
-        moved[~there] = 0
-        count += there.sum(axis=2)
+        defined = ~np.isnan(moved)
+        moved[~defined] = 0
+        count += defined.sum(axis=2)
         total += moved.sum(axis=2)
         squares += np.square(moved, out=moved).sum(axis=2)
-    tells = (holders > 1) & (count > 1)
+    usable = (images_with_class > 1) & (count > 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        higher = np.where(tells, total / count, np.nan)
-        variances = np.where(tells, (squares - total**2 / count).clip(0) / (count - 1), np.nan)
-    of_classes = np.sqrt(variances[0])
-    of_means = np.array([_deviation(one) for one in np.concatenate(means, axis=1)])
-    of_means[~tells.any(axis=1)] = np.nan
+        excess = np.where(usable, total / count, np.nan)
+        variances = np.where(usable, (squares - total**2 / count).clip(0) / (count - 1), np.nan)
+    class_errors = np.sqrt(variances[0])
+    mean_errors = np.array([_standard_deviation(one) for one in np.concatenate(means, axis=1)])
+    mean_errors[~usable.any(axis=1)] = np.nan
 
-    law, of_halves = _law(holders, images)
+    model, model_of_halves = _bias_model(images_with_class, images)
     with np.errstate(invalid="ignore", divide="ignore"):
-        class_biases = higher[0] * law[0] / (of_halves - law)[0]
-        factors = np.nansum(higher, axis=1) / np.where(tells, of_halves - law, 0).sum(axis=1)
-        mean_biases = factors * np.where(holders > 0, law, 0).sum(axis=1) / (holders > 0).sum(axis=1)
-        freedom = np.nansum(variances, axis=1) ** 2 / np.nansum(variances**2 / (holders - 1), axis=1)
-    mean_biases[APS:] = 0
+        class_biases = excess[0] * model[0] / (model_of_halves - model)[0]
+        factors = np.nansum(excess, axis=1) / np.where(usable, model_of_halves - model, 0).sum(axis=1)
+        has_class = images_with_class > 0
+        mean_biases = factors * np.where(has_class, model, 0).sum(axis=1) / has_class.sum(axis=1)
+        degrees = np.nansum(variances, axis=1) ** 2 / np.nansum(variances**2 / (images_with_class - 1), axis=1)
+    mean_biases[is_recall] = 0
     biases = np.concatenate([mean_biases, class_biases])
-    return Spreads(
+    return HalfSamplingEstimates(
         estimates=np.concatenate([whole.stats[:, 0], by_class[0]]),
         biases=biases,
-        spreads=np.hypot(np.concatenate([of_means, of_classes]), _LAW_UNSURE * biases),
-        freedom=np.concatenate([freedom, holders[0] - 1.0]),
+        standard_errors=np.hypot(np.concatenate([mean_errors, class_errors]), _BIAS_RELATIVE_ERROR * biases),
+        degrees_of_freedom=np.concatenate([degrees, images_with_class[0] - 1.0]),
     )
 
 
 def draw_weights(images: int, resamples: int, *, seed: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Which images each of B random halves holds, 0 or 1, [I, B], in blocks of halves that memory can hold.
+    """Yield which images each of B random halves holds, 0 or 1, [I, B], in blocks of halves that memory can hold.
 
-    They come in pairs that share no image. Of an odd number of images both leave one out, which makes intervals a
-    little wide.
+    They come in pairs that share no image. Of an odd number of images both leave one out, which makes intervals
+    slightly wide.
     """
     generator = np.random.default_rng(seed)
     block = 2 * max(1, min(500, _BLOCK // max(1, 2 * images)))
@@ -124,34 +128,33 @@ def draw_weights(images: int, resamples: int, *, seed: int) -> Iterator[npt.NDAr
         yield weights
 
 
-def _deviation(drawn: Numbers) -> float:
+def _standard_deviation(drawn: FloatArray) -> float:
     drawn = drawn[~np.isnan(drawn)]
     return float(drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
 
 
-def _law(holders: Rows, images: int) -> tuple[Numbers, Numbers]:
-    """How much too high the AP of a class is that n images hold, but for the factor A, and on average in the halves.
+def _bias_model(images_with_class: IntArray, images: int) -> tuple[FloatArray, FloatArray]:
+    """Return the bias of an AP over n images without its factor A, and the mean of it over the halves.
 
-    Of the halves, those count that hold the class at all; how many of its images they hold is hypergeometric.
+    Of the halves, those with the class count; how many of its images they hold is hypergeometric.
     """
     half = images // 2
-    counts, place = np.unique(holders, return_inverse=True)
+    counts, inverse = np.unique(images_with_class, return_inverse=True)
     of_halves = np.full(len(counts), np.nan)
     for index, count in enumerate(counts.tolist()):
         drawn = np.arange(max(1, half - (images - count)), min(count, half) + 1)
         if len(drawn):
             logarithms = _log_choices(count, drawn) + _log_choices(images - count, half - drawn)
-            chances = np.exp(logarithms - logarithms.max())
-            of_halves[index] = (chances * _too_high(drawn)).sum() / chances.sum()
-    return _too_high(holders), of_halves[place].reshape(holders.shape)
+            probabilities = np.exp(logarithms - logarithms.max())
+            of_halves[index] = (probabilities * _relative_bias(drawn)).sum() / probabilities.sum()
+    return _relative_bias(images_with_class), of_halves[inverse].reshape(images_with_class.shape)
 
 
-def _too_high(images: Rows) -> Numbers:
-    return np.power(images + np.float64(_LAW_OFFSET), _LAW_EXPONENT)
+def _relative_bias(images: IntArray) -> FloatArray:
+    return np.power(images + np.float64(_BIAS_OFFSET), _BIAS_EXPONENT)
 
 
-def _log_choices(of: int, drawn: Rows) -> Numbers:
+def _log_choices(of: int, drawn: IntArray) -> FloatArray:
     from scipy.special import gammaln
 
-    result: Numbers = gammaln(of + 1) - gammaln(drawn + 1) - gammaln(of - drawn + 1)
-    return result
+    return gammaln(of + 1) - gammaln(drawn + 1) - gammaln(of - drawn + 1)

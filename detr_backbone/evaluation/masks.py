@@ -4,19 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
 from detr_backbone.coco.segmentations import EncodedMask, decoded_counts
+from detr_backbone.coco.typed_arrays import FloatArray
 from detr_backbone.errors import EvaluationError
 
 
 def encoded_masks(
     masks: Tensor | Sequence[Any], *, count: int, size: tuple[int, int], where: str
-) -> tuple[list[EncodedMask], npt.NDArray[np.float64]]:
-    """The masks, compressed, and the boxes around them: float64 [M, 4], xywh.
+) -> tuple[list[EncodedMask], FloatArray]:
+    """Return the masks, compressed, and the boxes around them, float64 [M, 4], xywh in pixels.
 
     Args:
         masks: bool [M, h, w], or M compressed masks with `counts` as bytes or text.
@@ -38,12 +38,12 @@ def encoded_masks(
     else:
         if len(masks) != count:
             raise EvaluationError(f"lengths do not fit | where: {where} | got {len(masks)} expected {count}")
-        encoded = [_checked(mask, size, f"{where} index={index}") for index, mask in enumerate(masks)]
+        encoded = [_check(mask, size, f"{where} index={index}") for index, mask in enumerate(masks)]
     boxes = np.array([rle.toBbox(mask) for mask in encoded], dtype=np.float64).reshape(-1, 4)
     return encoded, boxes
 
 
-def _checked(mask: Any, size: tuple[int, int], where: str) -> EncodedMask:
+def _check(mask: Any, size: tuple[int, int], where: str) -> EncodedMask:
     if not isinstance(mask, Mapping) or list(mask.get("size", ())) != list(size):
         got = mask.get("size") if isinstance(mask, Mapping) else type(mask).__name__
         raise EvaluationError(f"mask is of another size | where: {where} key=size | got {got} expected {list(size)}")

@@ -1,13 +1,13 @@
-"""Which detection finds which object: COCO's matching, done once for every area range and IoU threshold.
+"""COCO's matching of detections to objects, done once for every area range and IoU threshold.
 
-AP, precision-recall curves, errors and confidence intervals all follow from it. The overlaps are pycocotools' own, so
-that nothing is decided by another rounding.
+AP, precision-recall curves, mistakes and confidence intervals all follow from it. The IoU is computed by pycocotools,
+so that rounding is the same as in the reference.
 
 Source: https://cocodataset.org/#detection-eval
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,86 +16,92 @@ from pycocotools import mask as rle
 
 from detr_backbone.coco.annotations import CocoAnnotations
 from detr_backbone.coco.segmentations import EncodedMask, Segmentations
+from detr_backbone.coco.typed_arrays import BoolArray, FloatArray, IntArray
 from detr_backbone.errors import EvaluationError
-from detr_backbone.evaluation.detections import Detections, places_of
+from detr_backbone.evaluation.detections import Detections, indices_of
+from detr_backbone.evaluation.settings import COCO_SETTINGS, EvaluationSettings
 
-Rows: TypeAlias = npt.NDArray[np.int64]
-Regions: TypeAlias = npt.NDArray[np.float64] | list[EncodedMask]
+Regions: TypeAlias = FloatArray | list[EncodedMask]
 
 IouType: TypeAlias = Literal["bbox", "segm"]
-"""Whether boxes or masks are compared."""
-AREAS = ("all", "small", "medium", "large")
-AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])
-"""Least and largest area in square pixels, both included."""
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-MAX_DETECTIONS = 100
-"""Detections of one class that count in one image, best first."""
+"""IoU of boxes or of masks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Matches:
-    """D detections and what each of them matches, and the N objects to find, for A area ranges and T IoU thresholds.
+    """A ground truth, detections on it, and which of them match, for A area ranges and T IoU thresholds.
 
-    Detections stand by class, then by falling score; equal scores by image, then as they came.
+    The D detections that count are sorted by class, then by falling score; equal scores by image, then by the order in
+    which they came. N is the number of objects, crowds included, in the I images that count.
 
     Attributes:
-        image_ids: int64 [I], ascending: the images over which numbers are taken.
-        category_names: the name of each label 0 .. K - 1.
-        image_index: int64 [D], the place of the detection's image in `image_ids`.
+        annotations: the ground truth.
+        detections: all detections on it.
+        settings: which matches count.
+        image_ids: int64 [I], ascending: the images that count.
+        image_index: int64 [D], the index of the detection's image in `image_ids`.
         labels: int64 [D], ascending.
         scores: float64 [D].
-        ranks: int64 [D], the place among the detections of the same image and class: 0 for the best.
-        detection_index: int64 [D], the place in the `Detections`, and so its box.
-        matched: int32 [A, T, D], the matched annotation as its place in the `CocoAnnotations`, or -1.
-        ignored: bool [A, T, D], whether the detection counts neither as right nor as wrong: it matches a crowd or an
-            object of another size, or matches nothing and is itself of another size.
-        object_image_index: int64 [N], the place of the object's image in `image_ids`.
+        ranks: int64 [D], the rank among the detections of the same image and class: 0 for the best.
+        detection_index: int64 [D], the index in `detections`, and so the box.
+        matched: int32 [A, T, D], the index of the matched object in `annotations`, or -1.
+        ignored: bool [A, T, D], True for a detection that is neither a true nor a false positive: it matches a crowd or
+            an object of another size, or matches nothing and is itself of another size.
+        object_image_index: int64 [N], the index of the object's image in `image_ids`.
         object_labels: int64 [N].
-        object_index: int64 [N], the place in the `CocoAnnotations`.
-        object_ignored: bool [A, N], whether the object need not be found: a crowd, or of another size.
+        object_index: int64 [N], the index in `annotations`.
+        object_ignored: bool [A, N], True for an object that is no false negative if nothing matches it: a crowd, or of
+            another size.
     """
 
-    image_ids: Rows
-    category_names: tuple[str, ...]
-    image_index: Rows
-    labels: Rows
-    scores: npt.NDArray[np.float64]
-    ranks: Rows
-    detection_index: Rows
+    annotations: CocoAnnotations
+    detections: Detections
+    settings: EvaluationSettings
+    image_ids: IntArray
+    image_index: IntArray
+    labels: IntArray
+    scores: FloatArray
+    ranks: IntArray
+    detection_index: IntArray
     matched: npt.NDArray[np.int32]
-    ignored: npt.NDArray[np.bool_]
-    object_image_index: Rows
-    object_labels: Rows
-    object_index: Rows
-    object_ignored: npt.NDArray[np.bool_]
+    ignored: BoolArray
+    object_image_index: IntArray
+    object_labels: IntArray
+    object_index: IntArray
+    object_ignored: BoolArray
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """The name of each label 0 .. K - 1."""
+        return self.annotations.category_names
 
     def class_slice(self, label: int) -> slice:
-        """Where the detections of a class stand."""
+        """Return the slice of the detections of a class."""
         start, stop = np.searchsorted(self.labels, (label, label + 1)).tolist()
         return slice(start, stop)
 
     def subset(self, image_ids: Sequence[int]) -> "Matches":
-        """The same over some of the images.
+        """Return the matches in some of the images.
 
         Raises:
             EvaluationError: an image id is unknown.
         """
         images = np.unique(np.array(image_ids, dtype=np.int64))
-        places = np.full(len(self.image_ids), -1)
-        places[places_of(images, self.image_ids, "image_ids", "matches")] = range(len(images))
-        rows = np.flatnonzero(places[self.image_index] >= 0)
-        objects = np.flatnonzero(places[self.object_image_index] >= 0)
-        return Matches(
+        new_index = np.full(len(self.image_ids), -1)
+        new_index[indices_of(images, self.image_ids, "image_ids", "matches")] = range(len(images))
+        rows = np.flatnonzero(new_index[self.image_index] >= 0)
+        objects = np.flatnonzero(new_index[self.object_image_index] >= 0)
+        return replace(
+            self,
             image_ids=images,
-            category_names=self.category_names,
-            image_index=places[self.image_index[rows]],
+            image_index=new_index[self.image_index[rows]],
             labels=self.labels[rows],
             scores=self.scores[rows],
             ranks=self.ranks[rows],
             detection_index=self.detection_index[rows],
             matched=self.matched[:, :, rows],
             ignored=self.ignored[:, :, rows],
-            object_image_index=places[self.object_image_index[objects]],
+            object_image_index=new_index[self.object_image_index[objects]],
             object_labels=self.object_labels[objects],
             object_index=self.object_index[objects],
             object_ignored=self.object_ignored[:, objects],
@@ -108,63 +114,68 @@ def match(
     *,
     image_ids: Sequence[int] | None = None,
     iou_type: IouType = "bbox",
+    settings: EvaluationSettings = COCO_SETTINGS,
 ) -> Matches:
     """Match detections to objects as pycocotools does.
 
-    Within an image and a class, detections choose in the order of their scores: the free object that they overlap
-    most, if that is enough; if there is none, an object to be ignored. A crowd may be chosen any number of times. The
-    100 best detections of each class choose.
+    Within an image and a class, detections choose in the order of their scores: the free object with the highest IoU,
+    if that reaches the threshold; if there is none, an object that is ignored. A crowd may be chosen any number of
+    times. Only the best detections of each class choose, as many as `settings.max_dets` says.
 
     Args:
         annotations: the ground truth.
-        detections: of its images.
-        image_ids: the images to look at; None takes all.
-        iou_type: overlap of boxes or of masks.
+        detections: on its images.
+        image_ids: the images that count; None takes all.
+        iou_type: IoU of boxes or of masks.
+        settings: which matches count.
 
     Raises:
         EvaluationError: an image id is unknown; masks are asked for and missing.
     """
-    images = np.unique(np.array(annotations.image_ids if image_ids is None else list(image_ids), dtype=np.int64))
-    places = np.full(len(annotations.image_ids), -1)
-    places[places_of(images, annotations.image_ids, "image_ids", f"file={annotations.source}")] = range(len(images))
+    images = annotations.image_ids if image_ids is None else np.unique(np.array(image_ids, dtype=np.int64))
+    new_index = np.full(len(annotations.image_ids), -1)
+    new_index[indices_of(images, annotations.image_ids, "image_ids", f"file={annotations.source}")] = range(len(images))
     classes = len(annotations.category_ids)
+    areas, thresholds = settings.areas, settings.thresholds
 
-    found = np.flatnonzero(places[detections.image_index] >= 0)
-    groups = places[detections.image_index[found]] * classes + detections.labels[found]
-    order = np.lexsort((-detections.scores[found], groups))
-    found, groups = found[order], groups[order]
-    ranks = np.arange(len(found)) - np.searchsorted(groups, groups)
-    found, groups, ranks = (values[ranks < MAX_DETECTIONS] for values in (found, groups, ranks))
+    rows = np.flatnonzero(new_index[detections.image_index] >= 0)
+    groups = new_index[detections.image_index[rows]] * classes + detections.labels[rows]
+    order = np.lexsort((-detections.scores[rows], groups))
+    rows, groups = rows[order], groups[order]
+    ranks = np.arange(len(rows)) - np.searchsorted(groups, groups)
+    rows, groups, ranks = (values[ranks < settings.max_dets[-1]] for values in (rows, groups, ranks))
 
-    objects = np.flatnonzero(places[annotations.image_index] >= 0)
-    object_groups = places[annotations.image_index[objects]] * classes + annotations.labels[objects]
+    objects = np.flatnonzero(new_index[annotations.image_index] >= 0)
+    object_groups = new_index[annotations.image_index[objects]] * classes + annotations.labels[objects]
     order = np.argsort(object_groups, kind="stable")
     objects, object_groups = objects[order], object_groups[order]
     crowd = annotations.is_crowd[objects]
-    object_ignored = crowd | _outside(annotations.areas[objects])
+    object_ignored = crowd | _outside(annotations.areas[objects], areas)
 
-    regions = _regions(annotations, detections, found, objects, iou_type)
-    overlaps = _overlaps(*regions, groups, object_groups, crowd)
-    choosing, chosen, chosen_ignored = _choose(overlaps, groups, crowd, object_ignored)
+    regions = _regions(annotations, detections, rows, objects, iou_type)
+    pairs = _overlapping_pairs(regions, (groups, object_groups), crowd, threshold=thresholds[0])
+    choosing, chosen, chosen_ignored = _choose(pairs, groups, crowd, object_ignored, thresholds)
 
     image_index, labels = np.divmod(groups, classes)
-    scores = detections.scores[found]
+    scores = detections.scores[rows]
     by_class = np.lexsort((-scores, labels))
-    places = np.empty_like(by_class)
-    places[by_class] = np.arange(len(by_class))
-    choosing = places[choosing]
-    matched = np.full((len(AREAS), len(IOU_THRESHOLDS), len(found)), -1, dtype=np.int32)
+    position = np.empty_like(by_class)
+    position[by_class] = np.arange(len(by_class))
+    choosing = position[choosing]
+    matched = np.full((len(areas), len(thresholds), len(rows)), -1, dtype=np.int32)
     matched[:, :, choosing] = np.append(objects, -1)[chosen]
-    ignored = np.repeat(_outside(detections.areas[found[by_class]])[:, None], len(IOU_THRESHOLDS), axis=1)
+    ignored = np.repeat(_outside(detections.areas[rows[by_class]], areas)[:, None], len(thresholds), axis=1)
     ignored[:, :, choosing] = np.where(chosen < 0, ignored[:, :, choosing], chosen_ignored)
     return Matches(
+        annotations=annotations,
+        detections=detections,
+        settings=settings,
         image_ids=images,
-        category_names=annotations.category_names,
         image_index=image_index[by_class],
         labels=labels[by_class],
         scores=scores[by_class],
         ranks=ranks[by_class],
-        detection_index=found[by_class],
+        detection_index=rows[by_class],
         matched=matched,
         ignored=ignored,
         object_image_index=object_groups // classes,
@@ -174,92 +185,93 @@ def match(
     )
 
 
-class _Overlaps(NamedTuple):
-    """P pairs of a detection and an object that overlap enough for some threshold.
+class _Pairs(NamedTuple):
+    """P pairs of a detection and an object whose IoU reaches the lowest threshold.
 
-    They stand by detection; those of one detection so that a later one is preferred to an earlier one.
+    They are sorted by detection; of one detection, a later pair is preferred to an earlier one.
     """
 
-    found: Rows
-    objects: Rows
-    ious: npt.NDArray[np.float64]
+    detections: IntArray
+    objects: IntArray
+    ious: FloatArray
 
 
-def _outside(areas: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Whether an area is outside of each range: bool [A, M]."""
-    least, most = AREA_RANGES.T[:, :, None]
-    outside: npt.NDArray[np.bool_] = (areas < least) | (areas > most)
-    return outside
+def _outside(object_areas: FloatArray, areas: FloatArray) -> BoolArray:
+    """Return which of M areas lie outside of each range, bool [A, M]."""
+    least, most = areas.T[:, :, None]
+    return (object_areas < least) | (object_areas > most)
 
 
 def _regions(
-    annotations: CocoAnnotations, detections: Detections, found: Rows, objects: Rows, iou_type: str
+    annotations: CocoAnnotations, detections: Detections, rows: IntArray, objects: IntArray, iou_type: str
 ) -> tuple[Regions, Regions]:
-    """What overlaps: boxes or masks, of the chosen detections and objects."""
+    """Return the boxes or masks of the chosen detections and objects."""
     if iou_type == "bbox":
-        return detections.boxes[found], annotations.boxes[objects]
+        return detections.boxes[rows], annotations.boxes[objects]
     segmentations = segmentations_of(annotations)
     if detections.masks is None:
         raise EvaluationError("detections have no masks | where: key=masks | fix: give them, or evaluate boxes")
     masks = detections.masks
-    return [masks[i] for i in found.tolist()], [segmentations[i] for i in objects.tolist()]
+    return [masks[i] for i in rows.tolist()], [segmentations[i] for i in objects.tolist()]
 
 
-def _overlaps(
-    regions: Regions, object_regions: Regions, groups: Rows, object_groups: Rows, crowd: npt.NDArray[np.bool_]
-) -> _Overlaps:
-    """The overlaps within groups, which are numbered in ascending order: the images, and in each the classes."""
-    shared = np.unique(object_groups)
-    bounds = [
-        np.searchsorted(of, shared, side).tolist() for of in (groups, object_groups) for side in ("left", "right")
-    ]
-    parts = [(groups[:0], groups[:0], np.zeros(0))]
+def _overlapping_pairs(
+    regions: tuple[Regions, Regions], groups: tuple[IntArray, IntArray], crowd: BoolArray, *, threshold: float
+) -> _Pairs:
+    """Return the pairs of detections and objects within each group of an image and a class; groups ascend."""
+    shared = np.unique(groups[1])
+    bounds = [np.searchsorted(of, shared, side).tolist() for of in groups for side in ("left", "right")]
+    parts = [(shared[:0], shared[:0], np.zeros(0))]
     is_crowd = crowd.astype(np.uint8)
     for first, last, first_object, last_object in zip(*bounds, strict=True):
         if first == last:
             continue
         objects = slice(first_object, last_object)
-        ious = rle.iou(regions[first:last], object_regions[objects], is_crowd[objects])
-        which, whose = (ious >= IOU_THRESHOLDS[0]).nonzero()
-        parts.append((first + which, first_object + whose, ious[which, whose]))
-    which, whose, ious = (np.concatenate(values) for values in zip(*parts, strict=True))
-    order = np.lexsort((whose, ious, which))
-    return _Overlaps(which[order], whose[order], ious[order])
+        ious = rle.iou(regions[0][first:last], regions[1][objects], is_crowd[objects])
+        row, column = (ious >= threshold).nonzero()
+        parts.append((first + row, first_object + column, ious[row, column]))
+    rows, columns, ious = (np.concatenate(values) for values in zip(*parts, strict=True))
+    order = np.lexsort((columns, ious, rows))
+    return _Pairs(rows[order], columns[order], ious[order])
 
 
 def _choose(
-    overlaps: _Overlaps, groups: Rows, crowd: npt.NDArray[np.bool_], object_ignored: npt.NDArray[np.bool_]
-) -> tuple[Rows, Rows, npt.NDArray[np.bool_]]:
-    """The detections that overlap objects [C], the object that each chooses [A, T, C], -1 for none, and is it ignored.
+    pairs: _Pairs, groups: IntArray, crowd: BoolArray, object_ignored: BoolArray, thresholds: FloatArray
+) -> tuple[IntArray, IntArray, BoolArray]:
+    """Return C detections that overlap objects, the object that each chooses, and whether that one is ignored.
 
-    The best detections of all groups choose together, then the second ones: groups do not know each other.
+    The best detections of all groups choose together, then the second ones: groups are independent.
+
+    Returns:
+        The detections [C], the chosen objects [A, T, C], -1 for none, and whether they are ignored [A, T, C].
     """
-    found, starts, counts = np.unique(overlaps.found, return_index=True, return_counts=True)
-    turns = np.arange(len(found)) - np.searchsorted(groups[found], groups[found])
-    areas, thresholds = len(AREAS), len(IOU_THRESHOLDS)
-    chosen = np.full((len(found), areas, thresholds), -1)
-    taken = np.zeros((len(crowd), areas, thresholds), dtype=np.bool_)
+    choosing, starts, counts = np.unique(pairs.detections, return_index=True, return_counts=True)
+    turns = np.arange(len(choosing)) - np.searchsorted(groups[choosing], groups[choosing])
+    areas = len(object_ignored)
+    chosen = np.full((len(choosing), areas, len(thresholds)), -1)
+    taken = np.zeros((len(crowd), areas, len(thresholds)), dtype=np.bool_)
     for turn in range(turns.max(initial=-1) + 1):
         now = np.flatnonzero(turns == turn)
-        places = np.arange(counts[now].max())
-        is_pair = places < counts[now, None]  # [C', P']
-        pairs = np.where(is_pair, starts[now, None] + places, 0)
-        objects = overlaps.objects[pairs]
-        enough = overlaps.ious[pairs, None, None] >= IOU_THRESHOLDS  # [C', P', 1, T]
+        position = np.arange(counts[now].max())
+        is_pair = position < counts[now, None]  # [C', P']
+        candidates = np.where(is_pair, starts[now, None] + position, 0)
+        objects = pairs.objects[candidates]
+        reached = pairs.ious[candidates, None, None] >= thresholds  # [C', P', 1, T]
         free = ~taken[objects] | crowd[objects, None, None]  # [C', P', A, T]
         counting = ~object_ignored.T[objects][..., None]  # [C', P', A, 1]
-        preference = (is_pair[..., None, None] & enough & free) * (1 + places[:, None, None] + len(places) * counting)
+        rank = 1 + position[:, None, None] + len(position) * counting
+        preference = (is_pair[..., None, None] & reached & free) * rank
         best = preference.argmax(axis=1)
         row, area, threshold = preference.max(axis=1).nonzero()
         choice = objects[row, best[row, area, threshold]]
         taken[choice, area, threshold] = True
         chosen[now[row], area, threshold] = choice
     chosen = chosen.transpose(1, 2, 0)
-    return found, chosen, object_ignored[np.arange(areas)[:, None, None], chosen] & (chosen >= 0)
+    return choosing, chosen, object_ignored[np.arange(areas)[:, None, None], chosen] & (chosen >= 0)
 
 
 def segmentations_of(annotations: CocoAnnotations) -> Segmentations:
-    """The mask of each annotation.
+    """Return the mask of each annotation.
 
     Raises:
         EvaluationError: the annotations were loaded without.

@@ -1,14 +1,14 @@
-"""The predictions for one image, checked: what an AP must not be computed from goes no further."""
+"""The predictions for one image, checked before any AP is computed from them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from detr_backbone.coco.segmentations import EncodedMask
+from detr_backbone.coco.typed_arrays import FloatArray, IntArray
 from detr_backbone.errors import EvaluationError
 from detr_backbone.evaluation.box_format import conversion_of
 from detr_backbone.evaluation.detections import refuse_unknown
@@ -16,24 +16,24 @@ from detr_backbone.evaluation.masks import encoded_masks
 from detr_backbone.evaluation.matching import IouType
 
 
-class Found(NamedTuple):
+class ImageDetections(NamedTuple):
     """The detections in one image; its fields are those of `Detections`."""
 
-    labels: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-    boxes: npt.NDArray[np.float64]
+    labels: IntArray
+    scores: FloatArray
+    boxes: FloatArray
     masks: list[EncodedMask] | None
 
 
-def checked_prediction(
+def check_prediction(
     fields: Mapping[str, Any],
     *,
     category_ids: tuple[int, ...],
     size: tuple[int, int],
     iou_type: IouType,
     where: str,
-) -> Found:
-    """The prediction for an image, as `CocoEvaluator.update` takes it.
+) -> ImageDetections:
+    """Return the detections in an image from fields that `CocoEvaluator.update` takes.
 
     Args:
         fields: `scores`, `labels`, and `boxes` or `masks`.
@@ -62,8 +62,8 @@ def checked_prediction(
         corners = fields["boxes"].detach().cpu()
         _check_tensor(corners, [count, 4], f"{where} key=boxes")
         boxes = _xywh(corners.double(), f"{where} key=boxes")
-    places = np.searchsorted(category_ids, labels.numpy())
-    return Found(places, scores.double().numpy(), boxes, masks)
+    indices = np.searchsorted(category_ids, labels.numpy())
+    return ImageDetections(indices, scores.double().numpy(), boxes, masks)
 
 
 def _check_tensor(tensor: Tensor, shape: list[int], where: str) -> None:
@@ -73,14 +73,13 @@ def _check_tensor(tensor: Tensor, shape: list[int], where: str) -> None:
         raise EvaluationError(f"numbers are not finite | where: {where} | got {bad} of {tensor.numel()}")
 
 
-def _xywh(corners: Tensor, where: str) -> npt.NDArray[np.float64]:
-    """Boxes [M, 4], xyxy, as xywh."""
+def _xywh(corners: Tensor, where: str) -> FloatArray:
+    """Return boxes [M, 4] given as xyxy as xywh."""
     sides = corners[:, 2:] - corners[:, :2]
-    if wrong := (sides < 0).any(dim=1).nonzero().flatten().tolist():
+    if invalid := (sides < 0).any(dim=1).nonzero().flatten().tolist():
         raise EvaluationError(
-            f"box ends before it starts | where: {where} index={wrong[0]} | got {corners[wrong[0]].tolist()}, so do "
-            f"{len(wrong)} of {len(corners)} boxes of the image, expected x1, y1, x2, y2 with x1 <= x2 and y1 <= y2 | "
+            f"box ends before it starts | where: {where} index={invalid[0]} | got {corners[invalid[0]].tolist()}, so "
+            f"do {len(invalid)} of {len(corners)} boxes of the image, expected x1 <= x2 and y1 <= y2 | "
             f"fix: {conversion_of(corners)}"
         )
-    boxes: npt.NDArray[np.float64] = torch.cat([corners[:, :2], sides], dim=1).numpy()
-    return boxes
+    return torch.cat([corners[:, :2], sides], dim=1).numpy()

@@ -1,22 +1,23 @@
-"""Simulated detectors on simulated datasets, as large as wanted: to measure speed, and whether intervals cover."""
+"""Simulated datasets and detectors of any size, to measure speed and how often intervals cover."""
 
 import numpy as np
 
 from detr_backbone.coco.annotations import CocoAnnotations
+from detr_backbone.coco.typed_arrays import FloatArray
 from detr_backbone.evaluation.detections import Detections
 
 HEIGHT, WIDTH = 480, 640
-_FOUND, _CONFUSED, _CROWDS = 0.85, 0.1, 0.01  # shares of the objects
-_SHIFT = 0.08  # standard deviation of a found box's corner and sides, as a share of the sides
+_DETECTED, _CONFUSED, _CROWDS = 0.85, 0.1, 0.01  # fractions of the objects
+_SHIFT = 0.08  # standard deviation of a detected box's corner and sides, as a fraction of the sides
 
 
 def simulate(
     images: int, *, classes: int = 80, objects: float = 7.2, detections: int = 100, seed: int = 0
 ) -> tuple[CocoAnnotations, Detections]:
-    """A dataset like COCO and what a mediocre detector, AP about 0.3, finds in it.
+    """Return a dataset like COCO, and the detections of a mediocre detector on it, with an AP of about 0.3.
 
-    Objects stand in images by chance; class k is 1 / (k + 1)^0.9 as frequent as the first. A found object gives one to
-    three detections with higher scores than the false ones, which fill each image up.
+    Objects are distributed over the images at random; class k is 1 / (k + 1)^0.9 as frequent as the first. A detected
+    object gives one to three detections with higher scores than the false positives, which fill each image up.
 
     Args:
         images: how many.
@@ -27,10 +28,10 @@ def simulate(
     """
     rng = np.random.default_rng(seed)
     count = round(images * objects)
-    share = np.arange(1, classes + 1) ** -0.9
-    share /= share.sum()
+    frequency = np.arange(1, classes + 1) ** -0.9
+    frequency /= frequency.sum()
     image_index = np.sort(rng.integers(0, images, count))
-    labels = rng.choice(classes, count, p=share)
+    labels = rng.choice(classes, count, p=frequency)
     boxes = _boxes(rng, count)
     annotations = CocoAnnotations(
         source="<simulated>",
@@ -46,25 +47,27 @@ def simulate(
         areas=0.7 * boxes[:, 2] * boxes[:, 3],
         is_crowd=rng.random(count) < _CROWDS,
     )
-    found = np.repeat(np.arange(count), rng.integers(1, 4, count) * (rng.random(count) < _FOUND))
-    near = boxes[found] + rng.normal(0, _SHIFT, (len(found), 4)) * np.tile(boxes[found, 2:], 2)
+    detected = np.repeat(np.arange(count), rng.integers(1, 4, count) * (rng.random(count) < _DETECTED))
+    near = boxes[detected] + rng.normal(0, _SHIFT, (len(detected), 4)) * np.tile(boxes[detected, 2:], 2)
     near[:, 2:] = np.abs(near[:, 2:])
-    false = np.repeat(np.arange(images), np.maximum(0, detections - np.bincount(image_index[found], minlength=images)))
-    confused = rng.random(len(found)) < _CONFUSED
-    found_labels = np.where(confused, rng.choice(classes, len(found), p=share), labels[found])
-    places = np.concatenate([image_index[found], false])
-    scores = np.concatenate([rng.beta(3, 2, len(found)), rng.beta(1, 6, len(false))])
-    best = np.lexsort((-scores, places))
-    best = best[np.arange(len(best)) - np.searchsorted(places[best], places[best]) < detections]
+    false = np.repeat(
+        np.arange(images), np.maximum(0, detections - np.bincount(image_index[detected], minlength=images))
+    )
+    confused = rng.random(len(detected)) < _CONFUSED
+    detected_labels = np.where(confused, rng.choice(classes, len(detected), p=frequency), labels[detected])
+    image_of = np.concatenate([image_index[detected], false])
+    scores = np.concatenate([rng.beta(3, 2, len(detected)), rng.beta(1, 6, len(false))])
+    order = np.lexsort((-scores, image_of))
+    order = order[np.arange(len(order)) - np.searchsorted(image_of[order], image_of[order]) < detections]
     return annotations, Detections(
-        image_index=places[best],
-        labels=np.concatenate([found_labels, rng.choice(classes, len(false), p=share)])[best],
-        scores=scores[best],
-        boxes=np.concatenate([near, _boxes(rng, len(false))])[best],
+        image_index=image_of[order],
+        labels=np.concatenate([detected_labels, rng.choice(classes, len(false), p=frequency)])[order],
+        scores=scores[order],
+        boxes=np.concatenate([near, _boxes(rng, len(false))])[order],
     )
 
 
-def _boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Boxes [count, 4], xywh: sides from 8 to 300 pixels, uniform in their logarithm."""
+def _boxes(rng: np.random.Generator, count: int) -> FloatArray:
+    """Return boxes [count, 4], xywh: sides from 8 to 300 pixels, uniform in their logarithm."""
     sides = np.exp(rng.uniform(np.log(8), np.log(300), (count, 1)) + rng.normal(0, 0.3, (count, 2)))
     return np.concatenate([rng.uniform(0, (400, 300), (count, 2)), sides], axis=1)

@@ -1,4 +1,4 @@
-"""What every layer of a network gives: shape, stride, statistics, time; a table to look at before trusting a backbone.
+"""Outputs of every layer of a network: shape, stride, statistics, time; a table to look at before trusting a backbone.
 
 The network runs as it is, with hooks that are gone afterwards: once to read the values, then to take the time.
 """
@@ -18,20 +18,21 @@ from detr_backbone.backbone import BackboneBase, Joiner
 from detr_backbone.errors import ConfigError, unknown_name
 from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.inspection.table import Description, LayerDescription
+from detr_backbone.layer_getter.strategies import OpenedModule
 from detr_backbone.nested_tensor import NestedTensor, Size, as_nested_tensor
 
 _Images: TypeAlias = NestedTensor | Tensor
 _Call: TypeAlias = tuple[str, int]  # path, and how often the layer was called up to then
 
-_OPENED = (Joiner, nn.ModuleList, nn.ModuleDict)
-"""Containers without a row, as is a bare nn.Module: never called themselves, or giving what their children give."""
+_CONTAINERS = (Joiner, OpenedModule, nn.ModuleList, nn.ModuleDict)
+"""Without a row: never called themselves, or giving what their children give."""
 
 
 @torch.no_grad()
 def describe(
     model: nn.Module, images: Size | _Images | Sequence[Tensor], *, layers: Sequence[str] | int = 1, passes: int = 3
 ) -> Description:
-    """What the layers of a network give for some images, in evaluation mode and without gradients.
+    """Return what the layers of a network give for some images, in evaluation mode and without gradients.
 
     The model stays as it is: its hooks, modes, gradients and torch's random numbers are afterwards what they were, also
     where its forward raises. Values are read when a layer returns, before a later one may change them in place.
@@ -91,7 +92,7 @@ def describe(
 
 
 class _Recorder:
-    """What hooks see during one pass: what each call of a layer gave, and how long it took."""
+    """Outputs and seconds of each call of a layer during one pass."""
 
     def __init__(self, images: Tensor, *, reads_values: bool = True) -> None:
         self.outputs: dict[_Call, list[dict[str, Any]]] = {}
@@ -161,7 +162,7 @@ def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:
 
 def _to_depth(module: nn.Module, depth: int, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        opened = isinstance(child, _OPENED) or type(child) is nn.Module  # as a traced graph keeps around its layers
+        opened = isinstance(child, _CONTAINERS)
         if not opened:
             yield prefix + name
         below = depth if opened or isinstance(child, BackboneBase) else depth - 1
@@ -194,7 +195,7 @@ def _about(module: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a layer gave, and where they stand in it; masks are left out."""
+    """Yield the tensors in a layer's output with their path in it; masks are left out."""
     if isinstance(output, Tensor):
         yield name, output
     elif isinstance(output, NestedTensor):
@@ -226,7 +227,7 @@ def _geometry(tensor: Tensor, images: Tensor) -> dict[str, Any]:
 
 
 def _stride(pixels: Sequence[int], cells: Sequence[int]) -> int | None:
-    """The s for which every axis has ceil(pixels / s) cells; of several a power of two, or else the smallest.
+    """Return the s for which every axis has ceil(pixels / s) cells; of several a power of two, or else the smallest.
 
     None where there is no such s, or only one cell.
 

@@ -1,4 +1,4 @@
-"""What is known about the layers of a network after `describe` has run it: rows of numbers, and a table to read."""
+"""Description of the layers of a network: rows of numbers, and a table to read."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ class LayerDescription:
             no parameters.
         trainable: those of them that require gradients.
         mean, std, min, max: of the finite values, std without Bessel's correction; None where there are none.
-        zeros: share of values that are exactly zero.
+        zeros: fraction of values that are exactly zero.
         nan, inf: number of values that are NaN, and of infinite ones.
         milliseconds: of this call with all that is called inside it, median over the timed passes; with other layers
             asked for inside it, their hooks count too, and on an accelerator their waiting for the device.
@@ -55,7 +55,7 @@ class LayerDescription:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no value is NaN or infinite."""
+        """True if no value is NaN or infinite."""
         return not (self.nan or self.inf)
 
 
@@ -92,7 +92,7 @@ class Description:
         return content | {"input_shape": list(self.input_shape), "rows": rows}
 
     def to_csv(self) -> str:
-        """A line of names and a line for each row; what does not exist is left empty."""
+        """Return a line of names and a line for each row; what does not exist is left empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(LayerDescription)], lineterminator="\n")
         writer.writeheader()
@@ -124,7 +124,7 @@ class Description:
         return [f"NOT FINITE: NaN or infinity in {len(bad)} of {len(self.rows)} outputs, first in {first}"]
 
     def _table(self) -> list[str]:
-        """A line of names and a line for each row; columns in which no row has anything are left out."""
+        """Return a line of names and a line for each row; columns in which no row has anything are left out."""
         cells = [list(_HEADER)]
         for before, row in pairwise((None, *self.rows)):
             assert row is not None
@@ -151,7 +151,7 @@ _LEFT = ("layer", "type", "output", "shape", "dtype", "trains")
 
 
 def _cells(row: LayerDescription, *, same_call: bool) -> list[str]:
-    """The texts of a row of the table; what belongs to the call is said once, at its first tensor."""
+    """Return the texts of a row of the table; what belongs to the call is said once, at its first tensor."""
     trains = {0: "frozen", row.parameters: "yes"}.get(row.trainable, "partly")
     return [
         *(["", ""] if same_call else [_label(row), row.type]),

@@ -63,7 +63,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
         return self._strategy.name
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        """The outputs asked for, in the order in which the network computes them."""
+        """Return the outputs asked for, in the order in which the network computes them."""
         return self._strategy.run(self._network(), x)
 
     def train(self, mode: bool = True) -> Self:
@@ -80,7 +80,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
         network = self._strategy.network
         if torch.compiler.is_compiling() or vars(network)["_modules"] is self._modules:
             return network
-        replica = type(network).__new__(type(network))  # of another getter, as nn.DataParallel makes them
+        replica = object.__new__(type(network))  # of another getter, as nn.DataParallel makes them
         vars(replica).update(vars(network))
         vars(replica).update({name: vars(self)[name] for name in _MEMBERS})
         vars(replica).update(vars(self).get("_former_parameters", {}))  # plain tensors there
@@ -109,7 +109,7 @@ def _checked(return_layers: Mapping[str, str] | Sequence[str], model: nn.Module)
 
 
 def _nearby(path: str, paths: list[str]) -> list[str]:
-    """The layers inside the innermost module around `path` that exists and has any."""
+    """Return the layers inside the innermost module around `path` that exists and has any."""
     parents = {"", *(known.rpartition(".")[0] for known in paths)}
     while path not in parents:
         path = path.rpartition(".")[0]

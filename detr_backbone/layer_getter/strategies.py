@@ -4,12 +4,14 @@ The network is traced, which computes nothing: its graph shows whether the forwa
 the computation itself where it is not. A trace that could miss something fails, and then the network runs untouched.
 """
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, cast
 
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from detr_backbone.forward_pass import PerThread
 from detr_backbone.layer_getter.tracing import AllReturned, Outputs, Untraceable, by_module, code, trace
@@ -27,7 +29,7 @@ class Strategy(Protocol):
 
 
 def choose(model: nn.Module, return_layers: Mapping[str, str]) -> Strategy:
-    """The first of `Walk`, `Graph` and `Hooks` that computes what the model computes.
+    """Return the first of `Walk`, `Graph` and `Hooks` that computes what the model computes.
 
     Args:
         model: any module that takes one input.
@@ -77,9 +79,37 @@ class Graph:
         graph = fx.Graph()  # without the tracer's class, which unpickling would try to build
         graph.output(graph.graph_copy(traced, {}))
         self.network: nn.Module = fx.GraphModule(model, graph, class_name=type(model).__name__)
+        for parent in list(self.network.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Module:  # what fx makes of a module that the trace opened
+                    parent.add_module(name, OpenedModule(child))
 
     def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
         return dict(network(x))
+
+
+class OpenedModule(nn.Module):
+    """A module around a layer that is asked for: its parts run, and its own forward does not."""
+
+    def __init__(self, parts: nn.Module) -> None:
+        super().__init__()
+        vars(self).update(vars(parts))
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._warn()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._warn()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._warn()
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def _warn(self) -> None:
+        parts = ", ".join(name for name, _ in self.named_children())
+        warnings.warn(f"this module is never called, since layers inside of it are: hook one of {parts}", stacklevel=3)
 
 
 class Hooks:
@@ -108,7 +138,7 @@ class Hooks:
 
 
 def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:
-    """The children that the graph calls, if these are the first ones in their order, each fed by the one before it.
+    """Return the children that the graph calls, if these are the first in their order, each fed by the one before it.
 
     Empty if the graph does anything else.
     """

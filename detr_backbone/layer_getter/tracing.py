@@ -18,7 +18,7 @@ class AllReturned(BaseException):
 
 
 class Outputs(dict[str, Any]):
-    """What each wanted layer returned when it was first called, by the names of the outputs."""
+    """Outputs of the wanted layers at their first calls, by name."""
 
     def __init__(self, wanted: Iterable[str]) -> None:
         super().__init__()

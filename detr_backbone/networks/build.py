@@ -1,6 +1,6 @@
 """Networks by name, from torchvision and timm, and where in them the resolution changes.
 
-Nothing about a network is typed into a table: layers, strides and channels are seen in a pass without numbers.
+Nothing about a network is typed into a table: layers, strides and channels are seen in a dry run.
 """
 
 import re
@@ -18,7 +18,7 @@ _SLOW_TO_DRAW = ("googlenet", "inception_v3")  # torchvision announces that it w
 
 
 def build_network(name: str, *, dilation: bool = False, in_channels: int = 3) -> nn.Module:
-    """A classification network with random weights, as its library builds it.
+    """Return a classification network with random weights, as its library builds it.
 
     Args:
         name: of a model of torchvision, such as "resnet50", or of timm, such as "timm/tf_efficientnet_lite0", which is
@@ -70,7 +70,7 @@ def _timm_network(name: str) -> nn.Module:
 
 
 def _unknown_model(name: str, known: Sequence[str]) -> str:
-    """What to tell a user who asked for a model that does not exist: those of its family, not all thousand."""
+    """Return what to tell a user who asked for a model that does not exist: those of its family, not all thousand."""
     letters = re.match("[a-z]*", name)
     family = [other for other in known if letters and other.startswith(letters[0])][:20]
     return unknown_name(name, family or [known[0], "…", known[-1]], also=known)

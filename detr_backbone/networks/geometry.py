@@ -19,7 +19,7 @@ _PROBES: tuple[Size, ...] = (PROBE, (448, 672), (512, 768))  # the second for pa
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How an output holds a map: its stride in pixels per cell, its channels, and the order of its axes.
+    """Layout of a map in an output: its stride in pixels per cell, its channels, and the order of its axes.
 
     Args:
         stride: pixels per cell.
@@ -35,7 +35,7 @@ class Layout:
 
 
 def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
-    """The layout of an output of this shape for images of a size whose sides differ; None if it is no map of them.
+    """Return the layout of an output of this shape for images whose sides differ; None if it is no map of them.
 
     >>> layout_of((1, 64, 64, 80), (256, 320))
     Layout(stride=4, channels=64, axes='NCHW', prefix=0)
@@ -61,7 +61,7 @@ def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
 
 
 def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
-    """An output as [B, C, h, w], without a copy; its gradient comes to the network in the output's memory format.
+    """Return an output as [B, C, h, w], without a copy; its gradient reaches the network in its memory format.
 
     Args:
         output: of this layout.
@@ -87,8 +87,9 @@ def _channels_last_gradients(maps: Tensor) -> Tensor:
 
     Gradients are added up in the memory format of the first, and every sum of two formats takes ten times as long.
     """
-    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    if maps.requires_grad and channels_last and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not maps.requires_grad:
+        return maps
+    if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
         maps = maps.view_as(maps)  # a hook on the output itself would see the sum
         register: Any = maps.register_hook
         register(partial(Tensor.contiguous, memory_format=torch.channels_last))
@@ -105,7 +106,7 @@ def _stride(cells: Size, image: Size) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What dry runs of a network show of its layers.
+    """Strides and channels of a network's layers, as dry runs show them.
 
     Attributes:
         layouts: of each output asked for: stride, channels, order of the axes.
@@ -165,11 +166,11 @@ def measure(network: nn.Module, dry_run: DryRun, paths: Sequence[str]) -> Geomet
     without: set[str] = set()
     for path, call in dry_run.calls.items():
         maps = [layout_of(shape, dry_run.size) for shape in call.input_shapes]
-        found = {layout.stride for layout in maps if layout is not None}
+        measured = {layout.stride for layout in maps if layout is not None}
         if call.start > last:
             continue
-        if len(found) == 1 and None not in maps:
-            strides[path] = found.pop()
+        if len(measured) == 1 and None not in maps:
+            strides[path] = measured.pop()
         elif any(len(shape) == 4 for shape in call.input_shapes):
             without.add(path)
     geometry = Geometry(layouts=layouts, input_strides=strides, without_stride=frozenset(without), divisor=1)

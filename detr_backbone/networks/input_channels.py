@@ -7,7 +7,7 @@ from detr_backbone.errors import ConfigError
 
 
 def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The convolution that takes the image, and its path.
+    """Return the path of the convolution that takes the image, and the convolution.
 
     Raises:
         ConfigError: there is none.
@@ -36,7 +36,7 @@ def adapt_input(network: nn.Module, in_channels: int) -> None:
 
 
 def adapt_input_weight(weight: Tensor, in_channels: int) -> Tensor:
-    """The weight of a first convolution, made for other channels than its own.
+    """Return the weight of a first convolution, made for other channels than its own.
 
     One channel gets the sum over the old ones: a grey image, repeated, gives what it gave. More channels repeat the old
     ones in turn, and all are scaled by old / new, so that channels that are alike give the same sum as before.

@@ -1,4 +1,4 @@
-"""Which normalisation a network has: BatchNorm frozen, learned or synchronised, or GroupNorm in its place."""
+"""Normalisation of a network: BatchNorm frozen, learned or synchronised, or GroupNorm instead."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, cast, get_args
@@ -52,8 +52,7 @@ def freeze_batch_norm(network: nn.Module) -> nn.Module:
         `network`.
 
     Raises:
-        ConfigError: a BatchNorm keeps no statistics, or it is not known what it does besides; the message names the
-            layer.
+        ConfigError: a BatchNorm keeps no statistics, or is an unsupported subclass; the message names the layer.
 
     >>> freeze_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3)))[1]
     FrozenBatchNorm2d(8, eps=0.001)
@@ -145,7 +144,7 @@ def _grouped(norm: _BatchNorm, path: str) -> nn.Module:
     mean, variance = norm.running_mean, norm.running_var
     if mean is not None and variance is not None and not mean.is_meta and (mean.any() or (variance != 1).any()):
         raise ConfigError(
-            f"`norm: group` has no place for the statistics of a BatchNorm that has seen data, got {path} ({norm})"
+            f"`norm: group` does not hold the statistics of a BatchNorm that has seen data, got {path} ({norm})"
         )
     grouped = (
         GroupNormAct(GROUPS, norm.num_features, **fused) if fused else nn.GroupNorm(GROUPS, norm.num_features)
@@ -160,8 +159,8 @@ def _grouped(norm: _BatchNorm, path: str) -> nn.Module:
 
 
 def _fused(norm: _BatchNorm, path: str) -> dict[str, nn.Module]:
-    """What a layer does after BatchNorm, by name; empty for torch's own layers."""
+    """Return the layers that a fused BatchNorm calls afterwards, by name; empty for torch's own."""
     fused = dict(norm.named_children())
     if type(norm) not in _PLAIN and not (isinstance(norm, _PLAIN) and fused.keys() == _FUSED):
-        raise ConfigError(f"it is not known what {type(norm).__name__} does besides BatchNorm, at {path} ({norm})")
+        raise ConfigError(f"unsupported BatchNorm subclass {type(norm).__name__}, at {path} ({norm})")
     return fused

@@ -21,7 +21,7 @@ class Stage:
 
 
 class Survey:
-    """Where the stages of a network end, from a dry run that is made when it is first needed.
+    """The stages of a network, from a dry run that is made when it is first needed.
 
     Args:
         network: as its library builds it.

@@ -50,6 +50,8 @@ def feature_level(tensors: Tensor, images: NestedTensor, *, stride: int, padding
     if padding == "zeros":
         mask = F.interpolate(images.mask[None].float(), size=tensors.shape[-2:]).to(torch.bool)[0]
         return NestedTensor(tensors, mask)
+    if torch.compiler.is_compiling() and not images.is_padded:
+        return NestedTensor(tensors, None)
     mask, sizes = images.at_stride(stride)
     level = NestedTensor(tensors, mask, sizes=sizes)
     if level.is_padded:
@@ -134,7 +136,7 @@ def _is_window(module: nn.Module) -> bool:
 
 
 def _pads_with_zeros(window: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> bool:
-    """Whether the window finds zeros, or nothing at all, beyond the border, as it does in zeroed padding."""
+    """Return whether the window takes zeros, or nothing at all, from beyond the border, as from zeroed padding."""
     if isinstance(window, nn.Conv2d):
         return window.padding_mode == "zeros"
     return isinstance(window, nn.MaxPool2d) or window.count_include_pad or window.padding in (0, (0, 0))

@@ -17,7 +17,7 @@ _LARGEST_DIVISOR_TRIED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How batches run.
+    """How a backbone runs its batches.
 
     Attributes:
         batching: "masked", the whole batch with zeros before every window; "by_size", images of equal size together,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detr_backbone.errors import ConfigError
 from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
+from detr_backbone.layer_getter.strategies import OpenedModule
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list, pad_to_multiple, size_of
 from detr_backbone.networks.geometry import as_map, layout_of
 from detr_backbone.networks.input_channels import first_convolution
@@ -31,7 +32,7 @@ _LAYERS_OF_RESNET = (
 
 
 class Leak(NamedTuple):
-    """Why a backbone is not exact; and whether that is because its forward fails."""
+    """The reason why a backbone is not exact, and if that is a forward that fails."""
 
     reason: str
     fails: bool
@@ -137,7 +138,7 @@ def _run(
                     cells = _cells_of(output[index : index + 1], size, padded[-1])
                     outputs[index][path] = cells.clone()
 
-    layers = {path: module for path, module in body.named_modules() if path}
+    layers = {path: module for path, module in body.named_modules() if path and not isinstance(module, OpenedModule)}
     with hooked({"": body}, before=note), hooked(layers, after=keep):
         return torch.func.functional_call(backbone, state, (batch,)), outputs
 

@@ -1,4 +1,4 @@
-"""A report on detections that can be read, sent and kept: one page that needs no network, and the same as data."""
+"""A report on detections: one page that needs no network, and the same as data."""
 
 from detr_backbone.report.content import summarise
 from detr_backbone.report.origin import origin

@@ -1,6 +1,6 @@
-"""Charts as SVG that stands inside of a page and takes its colours from the page's style, so that it can turn dark.
+"""Charts as inline SVG with the colours of the page's style, light or dark.
 
-Every chart has its natural size in CSS pixels; text in it is as large as around it.
+Every chart has its natural size in CSS pixels; its text is as large as that of the page.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _CELL = 26
 
 
 def percent(value: Number, *, sign: bool = False) -> str:
-    """A share as a percentage of one decimal, `-` for none.
+    """Return a fraction as a percentage with one decimal, `-` for None.
 
     >>> percent(0.5046), percent(None), percent(0.02, sign=True)
     ('50.5', '-', '+2.0')
@@ -24,7 +24,7 @@ def percent(value: Number, *, sign: bool = False) -> str:
 
 
 def interval_bar(value: Number, low: Number, high: Number) -> str:
-    """A number between 0 and 1 as a tick on a line, and its interval as a bar; empty without a number."""
+    """Return a number between 0 and 1 as a tick on a line, and its interval as a bar; empty without a number."""
     if value is None:
         return ""
     width, middle = 130, 7
@@ -40,35 +40,35 @@ def interval_bar(value: Number, low: Number, high: Number) -> str:
 
 
 def step_lines(recall: Sequence[float], lines: Sequence[tuple[str, Sequence[Number]]], *, title: str) -> str:
-    """Lines of precision over recall, both 0 to 1, with their names; a line of None is left out."""
+    """Return lines of precision over recall, both 0 to 1, with their names; a line of None is left out."""
     drawn = "".join(
-        f'<path class="line s{place}" d="{_steps(recall, values, _frame())}"/>'
-        for place, (_, values) in enumerate(lines)
+        f'<path class="line s{index}" d="{_steps(recall, values, _frame())}"/>'
+        for index, (_, values) in enumerate(lines)
         if values[0] is not None
     )
     names = "".join(
-        f"{_line(_LEFT + 96 * place, HEIGHT + 10, _LEFT + 96 * place + 20, HEIGHT + 10, f'line s{place}')}"
-        f"{_text(_LEFT + 96 * place + 25, HEIGHT + 14, name)}"
-        for place, (name, _) in enumerate(lines)
+        f"{_line(_LEFT + 96 * index, HEIGHT + 10, _LEFT + 96 * index + 20, HEIGHT + 10, f'line s{index}')}"
+        f"{_text(_LEFT + 96 * index + 25, HEIGHT + 14, name)}"
+        for index, (name, _) in enumerate(lines)
     )
     return _svg(WIDTH, HEIGHT + 20, title, _axes("recall", "precision") + drawn + names)
 
 
 def spark_steps(recall: Sequence[float], lines: Sequence[Sequence[Number]], *, title: str) -> str:
-    """The same as a small picture without axes but its frame."""
+    """Return the same as a small chart with a frame and no axes."""
     frame = (1, 1, 118, 68)
     drawn = "".join(f'<path class="line s{i}" d="{_steps(recall, values, frame)}"/>' for i, values in enumerate(lines))
     return _svg(120, 70, title, f'<rect class="frame" x="0.5" y="0.5" width="119" height="69"/>{drawn}')
 
 
 def signed_bars(rows: Sequence[tuple[str, Number]], *, title: str) -> str:
-    """A bar for each share, with its name and its percentage."""
+    """Return a bar for each fraction, with its name and its percentage."""
     known = [value for _, value in rows if value is not None]
     most = max([0.01, *known])
     left, room = 92, WIDTH - 92 - 58
     parts = []
-    for place, (name, value) in enumerate(rows):
-        y = 6 + 26 * place
+    for index, (name, value) in enumerate(rows):
+        y = 6 + 26 * index
         parts.append(_text(left - 8, y + 14, name, "end"))
         length = 0 if value is None else max(0.0, room * value / most)
         parts.append(f'<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" height="19" rx="2"/>')
@@ -80,28 +80,28 @@ def signed_bars(rows: Sequence[tuple[str, Number]], *, title: str) -> str:
 def reliability(
     edges: Sequence[float], scores: Sequence[Number], precision: Sequence[Number], counts: Sequence[int], *, title: str
 ) -> str:
-    """Precision over score in bins, beside the diagonal on which both are equal; below, how many are in each bin."""
+    """Return precision over score in bins, with the diagonal of equal values; below, the number in each bin."""
     x0, y0, width, height = _frame()
     bars, histogram = [], []
     most = max([1, *counts])
-    for left, right, score, share, count in zip(edges[:-1], edges[1:], scores, precision, counts, strict=True):
-        place, wide = x0 + width * left, width * (right - left)
+    for left, right, score, fraction, count in zip(edges[:-1], edges[1:], scores, precision, counts, strict=True):
+        start, wide = x0 + width * left, width * (right - left)
         filled = 34 * count / most
         histogram.append(
-            f'<rect class="count" x="{place + 1:.1f}" y="{HEIGHT + 46 - filled:.1f}" width="{wide - 2:.1f}" '
+            f'<rect class="count" x="{start + 1:.1f}" y="{HEIGHT + 46 - filled:.1f}" width="{wide - 2:.1f}" '
             f'height="{filled:.1f}"><title>{count} detections</title></rect>'
         )
-        if score is None or share is None:
+        if score is None or fraction is None:
             continue
-        top = y0 + height * (1 - share)
-        tip = f"{count} detections: mean score {percent(score)} %, right {percent(share)} %"
+        top = y0 + height * (1 - fraction)
+        tip = f"{count} detections: mean score {percent(score)} %, precision {percent(fraction)} %"
         bars.append(
-            f'<rect class="bar" x="{place + 1:.1f}" y="{top:.1f}" width="{wide - 2:.1f}" '
-            f'height="{height * share:.1f}"><title>{tip}</title></rect>'
+            f'<rect class="bar" x="{start + 1:.1f}" y="{top:.1f}" width="{wide - 2:.1f}" '
+            f'height="{height * fraction:.1f}"><title>{tip}</title></rect>'
             f'<circle class="dot" cx="{x0 + width * score:.1f}" cy="{top:.1f}" r="3.5"><title>{tip}</title></circle>'
         )
     body = (
-        _axes("score", "share of right detections")
+        _axes("score", "precision")
         + "".join(bars)
         + _line(x0, y0 + height, x0 + width, y0, "diagonal")
         + "".join(histogram)
@@ -114,12 +114,12 @@ def reliability(
 
 
 def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, mixed: str, title: str) -> str:
-    """Counts with names of rows and columns; a cell is as strong as its share of the row.
+    """Return counts with names of rows and columns; the colour of a cell is as strong as its fraction of the row.
 
     Args:
         names: of the rows, and of the columns.
         counts: by row.
-        mixed: the name of several classes together, whose cell on the diagonal is neither right nor wrong.
+        mixed: the name of several classes together, whose cell on the diagonal holds hits and mistakes.
         title: of the chart.
     """
     longest = max(len(_short(name)) for name in names)
@@ -128,12 +128,12 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], *, mixed: str,
     for row, (truth, line) in enumerate(zip(names, counts, strict=True)):
         y = top + _CELL * row
         parts.append(_text(left - 6, y + 17, _short(truth), "end", tip=truth))
-        for column, (found, count) in enumerate(zip(names, line, strict=True)):
+        for column, (predicted, count) in enumerate(zip(names, line, strict=True)):
             x = left + _CELL * column
-            share = count / max(1, sum(line))
+            fraction = count / max(1, sum(line))
             kind = "slip" if row != column else "mixed" if truth == mixed else "hit"
-            strength = 0.0 if not count else 0.1 + 0.5 * share
-            tip = f"{escape(truth)} found as {escape(found)}: {count} of {sum(line)}"
+            strength = 0.0 if not count else 0.1 + 0.5 * fraction
+            tip = f"{escape(truth)} detected as {escape(predicted)}: {count} of {sum(line)}"
             parts.append(
                 f'<g><title>{tip}</title><rect class="cell {kind}" x="{x:.1f}" y="{y:.1f}" width="{_CELL - 1}" '
                 f'height="{_CELL - 1}" style="fill-opacity:{strength:.2f}"/>'
@@ -159,12 +159,12 @@ def _svg(width: int, height: int, title: str, body: str, *, padding: int = 0, sc
 
 
 def _frame() -> tuple[int, int, int, int]:
-    """Left, top, width and height of what lies within the axes."""
+    """Return left, top, width and height of the area within the axes."""
     return _LEFT, _TOP, WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 
 
 def _axes(x: str, y: str) -> str:
-    """Two axes from 0 to 1 with a grid and their names."""
+    """Return two axes from 0 to 1 with a grid and their names."""
     x0, y0, width, height = _frame()
     parts = []
     for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
@@ -182,7 +182,7 @@ def _axes(x: str, y: str) -> str:
 
 
 def _steps(recall: Sequence[float], values: Sequence[Number], frame: tuple[int, int, int, int]) -> str:
-    """The path of a curve that falls in steps, with a corner only where it falls."""
+    """Return the path of a curve that falls in steps, with a corner only where it falls."""
     x0, y0, width, height = frame
     points: list[str] = []
     before: float | None = None
@@ -209,5 +209,5 @@ def _short(name: str) -> str:
 
 
 def _brief(count: int) -> str:
-    """A count of at most four characters."""
+    """Return a count in at most four characters."""
     return str(count) if count < 10_000 else f"{count / 1000:.0f}k" if count < 1_000_000 else f"{count / 1e6:.0f}M"

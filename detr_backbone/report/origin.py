@@ -1,4 +1,4 @@
-"""Where numbers come from: the command, the code, the machine and the data."""
+"""The origin of numbers: command, commit, versions, device and data."""
 
 import hashlib
 import platform
@@ -22,11 +22,11 @@ _PACKAGE = Path(__file__).parents[1]
 def origin(
     annotations: CocoAnnotations, image_ids: Sequence[int], *, device: torch.device | None = None
 ) -> dict[str, str]:
-    """What to state beside numbers, by name; what cannot be found out is `-`.
+    """Return the origin of numbers as text by name; `-` for what is unknown.
 
     Args:
         annotations: the ground truth; the SHA-256 of its file is stated.
-        image_ids: of the images over which numbers are taken; see `image_ids_sha256`.
+        image_ids: of the images that count; see `image_ids_sha256`.
         device: where the detector ran; None for detections from a file.
     """
     file = Path(annotations.source)
@@ -51,7 +51,7 @@ def _version(library: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this code lies in, with a word if it has been changed since."""
+    """Return the commit of the checkout of this code, and whether it was changed since."""
     if not _git("ls-files", "__init__.py"):  # installed, perhaps somewhere inside of another checkout
         return "-"
     commit = _git("rev-parse", "HEAD") or "-"
@@ -59,7 +59,7 @@ def _commit() -> str:
 
 
 def _git(*words: str) -> str:
-    """What git answers about the package's folder; nothing where there is no git or no checkout."""
+    """Return the output of git in the package's folder; empty without git or checkout."""
     try:
         answer = subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -74,7 +74,7 @@ def _device(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The name of the processor as Linux has it, or else its architecture."""
+    """Return the name of the processor on Linux, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

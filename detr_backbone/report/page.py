@@ -1,26 +1,26 @@
-"""The page: the text of `page.html`, with the numbers that `summarise` found."""
+"""The HTML page: the template `page.html` filled with the numbers of `summarise`."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 
-from detr_backbone.evaluation.mistakes import KINDS
+from detr_backbone.evaluation.mistakes import MISTAKE_KINDS
 from detr_backbone.report.charts import interval_bar, matrix, percent, reliability, signed_bars, spark_steps, step_lines
 from detr_backbone.report.content import BACKGROUND, MEANINGS, Summary
 
 OTHERS = "(others)"
-_MOST_CURVES = 200  # classes with a small picture each
+_MOST_CURVES = 200  # classes with a small chart each
 _MOST_CELLS = 20  # classes of a confusion matrix that can be read
 _LINES = {"0.50": "IoU 0.50", "0.75": "IoU 0.75", "0.50:0.95": "mean"}
 
 
-def render(summary: Summary, pictures: Sequence[tuple[str, Sequence[tuple[Summary, str]]]]) -> str:
-    """The page as HTML.
+def render(summary: Summary, drawings: Sequence[tuple[str, Sequence[tuple[Summary, str]]]]) -> str:
+    """Return the page as HTML.
 
     Args:
         summary: all numbers.
-        pictures: headings, and under each the ranking's entries of some images, with their SVG.
+        drawings: headings, and under each the ranking's entries of some images, with their SVG.
     """
     template = files("detr_backbone.report").joinpath("page.html").read_text(encoding="utf-8")
     point, config = summary["operating_point"], summary["config"]
@@ -38,7 +38,7 @@ def render(summary: Summary, pictures: Sequence[tuple[str, Sequence[tuple[Summar
         **_mistakes(summary),
         **_confusion(summary),
         **_calibration(summary),
-        pictures="".join(f"<h3>{heading}</h3>{_photos(shown)}" for heading, shown in pictures if shown) or "<p>-</p>",
+        images="".join(f"<h3>{heading}</h3>{_figures(shown)}" for heading, shown in drawings if shown) or "<p>-</p>",
         origin="".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in summary["origin"].items()),
         config=f"<h3>Configuration</h3><pre>{escape(config)}</pre>" if config else "",
     )
@@ -60,8 +60,8 @@ def _intervals(summary: Summary) -> str:
     if summary["level"] is None:
         return "Intervals were not asked for."
     return (
-        f"An interval covers, in {100 * summary['level']:.0f} % of samples of images, what the number would be over "
-        f"all images alike; it comes from {summary['resamples']:,} draws of half of the images. "
+        f"An interval covers, in {100 * summary['level']:.0f} % of samples of images, the number over all images "
+        f"like them; it comes from {summary['resamples']:,} draws of half of the images. "
         "It may lie below the value: on few images, AP is too high."
     )
 
@@ -110,60 +110,64 @@ def _classes(summary: Summary) -> str:
 
 def _curves(summary: Summary) -> dict[str, str]:
     recall, lines, classes = summary["curves"]["recall"], summary["curves"]["precision"], summary["classes"]
-    there = [place for place, row in enumerate(classes) if row["objects"]]
-    shown = sorted(there, key=lambda place: -classes[place]["objects"])[:_MOST_CURVES]
+    with_objects = [index for index, row in enumerate(classes) if row["objects"]]
+    shown = sorted(with_objects, key=lambda index: -classes[index]["objects"])[:_MOST_CURVES]
     sparks = []
-    for place in sorted(shown, key=lambda place: -classes[place]["AP"]["value"]):
-        name = escape(classes[place]["name"])
-        chart = spark_steps(recall, [lines[key]["classes"][place] for key in _LINES], title=classes[place]["name"])
-        words = f'<span class="name" title="{name}">{name}</span><b>{percent(classes[place]["AP"]["value"])}</b>'
-        sparks.append(f"<figure>{chart}<figcaption>{words}</figcaption></figure>")
+    for index in sorted(shown, key=lambda index: -classes[index]["AP"]["value"]):
+        name = escape(classes[index]["name"])
+        chart = spark_steps(recall, [lines[key]["classes"][index] for key in _LINES], title=classes[index]["name"])
+        caption = f'<span class="name" title="{name}">{name}</span><b>{percent(classes[index]["AP"]["value"])}</b>'
+        sparks.append(f"<figure>{chart}<figcaption>{caption}</figcaption></figure>")
     chart = step_lines(recall, [(_LINES[key], lines[key]["mean"]) for key in _LINES], title="precision over recall")
-    left_out = f" Of {len(there)} classes, the {len(shown)} with the most objects." if len(there) > len(shown) else ""
+    left_out = (
+        f" Of {len(with_objects)} classes, the {len(shown)} with the most objects."
+        if len(with_objects) > len(shown)
+        else ""
+    )
     return {"curves": chart, "sparks": "".join(sparks), "curves_left_out": left_out}
 
 
 def _mistakes(summary: Summary) -> dict[str, str]:
-    found, score = summary["mistakes"], f"score ≥ {summary['operating_point']['score']:.3f}"
+    costs, score = summary["mistakes"], f"score ≥ {summary['operating_point']['score']:.3f}"
     heads = [*map(_head, ("kind", "gain", "number", score)), _head("meaning", "left")]
     rows = [
         [_cell(kind), _cell(percent(row["cost"], sign=True)), _cell(_integer(row["count"])),
-         _cell(_integer(row["count_at_operating_point"])), _cell(KINDS[kind], "left soft")]
-        for kind, row in found["kinds"].items()
+         _cell(_integer(row["count_at_operating_point"])), _cell(MISTAKE_KINDS[kind], "left soft")]
+        for kind, row in costs["kinds"].items()
     ]  # fmt: skip
     rows += [
-        [_cell(name), _cell(percent(found[key], sign=True)), _cell(""), _cell(""), _cell(meaning, "left soft")]
+        [_cell(name), _cell(percent(costs[key], sign=True)), _cell(""), _cell(""), _cell(meaning, "left soft")]
         for name, key, meaning in (
-            ("false positives", "false_positives", "all wrong detections together"),
-            ("false negatives", "false_negatives", "all objects that are not found together"),
+            ("false positives", "false_positives", "all of them together"),
+            ("false negatives", "false_negatives", "all of them together"),
         )
     ]
-    bars = signed_bars([(kind, row["cost"]) for kind, row in found["kinds"].items()], title="gain of AP50 by kind")
-    return {"mistakes": _table(heads, rows, kind="words"), "mistake_bars": bars, "ap50": percent(found["ap50"])}
+    bars = signed_bars([(kind, row["cost"]) for kind, row in costs["kinds"].items()], title="gain of AP50 by kind")
+    return {"mistakes": _table(heads, rows, kind="words"), "mistake_bars": bars, "ap50": percent(costs["ap50"])}
 
 
 def _confusion(summary: Summary) -> dict[str, str]:
     cells, names = summary["confusion"], [row["name"] for row in summary["classes"]]
-    slips = [cell for cell in cells if len({cell["truth"], cell["found"], BACKGROUND}) == 3]
+    slips = [cell for cell in cells if len({cell["truth"], cell["predicted"], BACKGROUND}) == 3]
     named, merged = names, ""
     if len(names) > _MOST_CELLS:
         confused = dict.fromkeys(names, 0)
         for cell in slips:
             confused[cell["truth"]] += cell["count"]
-            confused[cell["found"]] += cell["count"]
+            confused[cell["predicted"]] += cell["count"]
         top = set(sorted(names, key=lambda name: -confused[name])[:_MOST_CELLS])
         named = [name for name in names if name in top]
         merged = f" Of {len(names)} classes, the {len(named)} most confused ones; the others stand together."
     axis = [*named, *([OTHERS] if merged else []), BACKGROUND]
-    place = dict.fromkeys(names, len(named)) | {name: i for i, name in enumerate(axis)}
+    position = dict.fromkeys(names, len(named)) | {name: i for i, name in enumerate(axis)}
     counts = [[0] * len(axis) for _ in axis]
     for cell in cells:
-        counts[place[cell["truth"]]][place[cell["found"]]] += cell["count"]
-    heads = [_head("object"), _head("found as", "left"), _head("times")]
+        counts[position[cell["truth"]]][position[cell["predicted"]]] += cell["count"]
+    heads = [_head("object"), _head("detected as", "left"), _head("times")]
     rows = [
         [
             _cell(escape(cell["truth"]), "name"),
-            _cell(escape(cell["found"]), "left name"),
+            _cell(escape(cell["predicted"]), "left name"),
             _cell(_integer(cell["count"])),
         ]
         for cell in slips[:10]
@@ -176,19 +180,19 @@ def _confusion(summary: Summary) -> dict[str, str]:
 
 
 def _calibration(summary: Summary) -> dict[str, str]:
-    found = summary["calibration"]
-    if found is None:
+    bins = summary["calibration"]
+    if bins is None:
         return {"calibration": "<p>-</p>", "calibration_error": "-"}
-    chart = reliability(found["edges"], found["scores"], found["precision"], found["counts"], title="calibration")
-    return {"calibration": chart, "calibration_error": percent(found["error"])}
+    chart = reliability(bins["edges"], bins["scores"], bins["precision"], bins["counts"], title="calibration")
+    return {"calibration": chart, "calibration_error": percent(bins["error"])}
 
 
-def _photos(shown: Sequence[tuple[Summary, str]]) -> str:
+def _figures(shown: Sequence[tuple[Summary, str]]) -> str:
     return "".join(
-        f'<figure class="photo">{picture}<figcaption>{escape(entry["file_name"])}: F1 {percent(entry["f1"])}; '
-        f"{entry['right']} of {_count(entry['right'] + entry['missed'], 'object')} found, "
-        f"{_count(entry['wrong'], 'wrong detection')}</figcaption></figure>"
-        for entry, picture in shown
+        f'<figure class="photo">{drawing}<figcaption>{escape(entry["file_name"])}: F1 {percent(entry["f1"])}; '
+        f"{(hits := entry['true_positives'])} of {_count(hits + entry['false_negatives'], 'object')} detected, "
+        f"{_count(entry['false_positives'], 'false positive')}</figcaption></figure>"
+        for entry, drawing in shown
     )
 
 
@@ -203,7 +207,7 @@ def _head(name: str, kind: str = "") -> str:
 
 
 def _sorter(name: str, *, first: str = "descending", kind: str = "") -> str:
-    """The heading of a column that can be sorted: numbers from the highest, names from the first."""
+    """Return the heading of a column that can be sorted: numbers from the highest, names from the first."""
     return f'<th class="{kind}" data-first="{first}"><button>{name}</button></th>'
 
 
@@ -220,7 +224,7 @@ _RANGE = (_head("interval"), _head("", "wide"))
 
 
 def _range_cells(number: Summary) -> tuple[str, str]:
-    """The interval in words and drawn."""
+    """Return the interval as text and as a drawing."""
     drawn = interval_bar(number["value"], number["low"], number["high"])
     return _cell(_range(number), "soft"), _cell(drawn, "wide")
 

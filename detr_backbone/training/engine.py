@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 
-from detr_backbone.evaluation.evaluator import CocoResult
+from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.training.config import TrainConfig, save_config
 from detr_backbone.training.curves import draw_curves
 from detr_backbone.training.devices import build_accelerator

@@ -47,7 +47,9 @@ class FailedBatch:
         torch.save(vars(self), path)
 
 
-def first_module_without_finite_output(model: nn.Module, images: NestedTensor) -> str:
+def first_module_without_finite_output(
+    model: nn.Module, images: NestedTensor, targets: Sequence[Mapping[str, Any]]
+) -> str:
     """Return the path of the module whose output is the first that is not finite; empty where all are.
 
     The model is run once more, without gradients.
@@ -64,7 +66,7 @@ def first_module_without_finite_output(model: nn.Module, images: NestedTensor) -
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(images)
+            model(images, targets)
     finally:
         for handle in handles:
             handle.remove()
@@ -104,14 +106,14 @@ def replay(path: Path | str) -> str:
     seeds = (saved.seed, saved.step, saved.batch, saved.rank)
     seed_step(*seeds)
     try:
-        losses = criterion(prepared(images), saved.targets)
+        losses = criterion(prepared(images, saved.targets), saved.targets)
         accelerator.backward(criterion.weighted_sum(losses))
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         if bad:
             raise NumericsError(f"gradients must be finite, got NaN or infinity in {bad[:5]}")
     except NumericsError as error:
         seed_step(*seeds)
-        module = first_module_without_finite_output(prepared, images)
+        module = first_module_without_finite_output(prepared, images, saved.targets)
         raise NumericsError(f"{error} | where: file={path} step={saved.step} module={module or '-'}") from error
     finally:
         accelerator.free_memory()

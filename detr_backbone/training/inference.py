@@ -13,7 +13,8 @@ from detr_backbone.coco.dataset import CocoDetection, Target
 from detr_backbone.coco.transforms import TransformConfig, make_transforms
 from detr_backbone.detectors import DetectorConfig, PostProcess, build_detector
 from detr_backbone.errors import NumericsError
-from detr_backbone.evaluation.evaluator import CocoEvaluator, CocoResult
+from detr_backbone.evaluation.evaluator import CocoEvaluator
+from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 from detr_backbone.training.checkpoint import Checkpoint, load_model
 from detr_backbone.training.config import TrainConfig, config_from_dict

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from detr_backbone.evaluation.average_precision import STATS
+from detr_backbone.evaluation.result import percent
+from detr_backbone.evaluation.settings import COCO_SETTINGS
 from detr_backbone.nested_tensor import NestedTensor
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
-COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *STATS, "padding")
+COLUMNS = ("epoch", "step", "seconds", "lr", *LOSSES, *COCO_SETTINGS.stat_names, "padding")
 
 Item = TypeVar("Item")
 
@@ -118,7 +119,7 @@ class RunLog:
     def epoch(self, row: Mapping[str, float]) -> None:
         """Print one line for the row of an epoch, as `metrics.csv` holds it."""
         losses = "  ".join(f"{name} {row[name]:.3f}" for name in LOSSES if name.startswith("loss") and name in row)
-        evaluated = "".join(f"  {name} {row[name]:.3f}" for name in ("AP", "AP50") if name in row)
+        evaluated = "".join(f"  {name} {percent(row[name])}" for name in ("AP", "AP50") if name in row)
         minutes = row["seconds"] / 60
         self.say(f"epoch {row['epoch']:>3}  {minutes:5.1f} min  {losses}  padding {row['padding']:.0%}{evaluated}")
 

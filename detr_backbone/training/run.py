@@ -9,7 +9,7 @@ from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.evaluation.analysis import operating_point
-from detr_backbone.evaluation.evaluator import CocoResult
+from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.training.calibrate import calibrate, describe_start, needs_calibration
 from detr_backbone.training.checkpoint import MAY_CHANGE, Checkpoint, refuse_another_run, restore
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat

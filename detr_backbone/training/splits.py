@@ -52,9 +52,9 @@ def resolve_classes(config: TrainConfig, train_set: CocoDetection, val_set: Coco
 
 def describe_dataset(dataset: CocoDetection, config: TrainConfig) -> str:
     """Return the number of images of a dataset and the faults of its annotations that were let through."""
-    done = {"drop": " dropped", "clamp": " clipped", "warn": "", "": ""}
+    done = {"drop": " dropped", "clamp": " clipped", "crowd": " taken as crowds"}
     notes = [
-        f"{KINDS[kind].what}: {count}{done[config.data.policies.action(kind)]}"
+        f"{KINDS[kind].what}: {count}{done.get(config.data.policies.action(kind), '')}"
         for kind, count in dataset.findings.items()
     ]
     return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({'; '.join(notes)})" if notes else "")

@@ -129,12 +129,12 @@ class Learner:
         with explain_memory(images, targets), together:
             moved = images.to(self._accelerator.device, non_blocking=True)
             try:
-                losses = self._criterion(self._prepared(moved), targets)
+                losses = self._criterion(self._prepared(moved, targets), targets)
                 losses["loss"] = self._criterion.weighted_sum(losses)
             except NumericsError as error:
                 file = self._save(images, targets, step, index)
                 seed_step(*seeds)
-                module = first_module_without_finite_output(self.model, moved)
+                module = first_module_without_finite_output(self.model, moved, targets)
                 raise self._explained(error, step, [targets], f"module={module or '-'} ", f"--replay {file}") from error
             self._accelerator.backward(losses["loss"] * share)
         return losses

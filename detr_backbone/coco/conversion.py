@@ -1,0 +1,186 @@
+"""Datasets in YOLO, Pascal VOC and CVAT layout converted to one COCO file.
+
+hotcoco reads the three formats. What it would read in another sense, or not at all, is arranged for it before: YOLO
+polygons become boxes, images without a label file are listed without boxes, sizes are those of the upright image; and
+rotated boxes and tracks of CVAT are refused.
+
+Source: https://docs.ultralytics.com/datasets/detect (YOLO), http://host.robots.ox.ac.uk/pascal/VOC/voc2012 (VOC, whose
+pixels count from 1), https://docs.cvat.ai/docs/manual/advanced/xml_format (CVAT for images 1.1).
+"""
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import yaml
+from PIL import Image, ImageOps
+
+from detr_backbone.coco.image_files import ENDINGS
+from detr_backbone.coco.images import FORMATS
+from detr_backbone.errors import AnnotationError, ConfigError, DataError
+
+Layout: TypeAlias = Literal["yolo", "voc", "cvat"]
+
+
+class Converted(NamedTuple):
+    """The content of a COCO file, the folder of its images, and what the conversion changed, in words."""
+
+    content: dict[str, Any]
+    images: Path
+    remarks: Sequence[str]
+
+
+def convert_dataset(
+    folder: Path | str, output: Path | str, layout: Layout, *, split: str = "train", images: Path | str | None = None
+) -> dict[str, Any]:
+    """Write a dataset as a COCO file with a manifest beside it, OUTPUT.manifest.json, and return the manifest.
+
+    The image files stay where they are; `file_name` is relative to the manifest's `images`.
+
+    Args:
+        folder: of the dataset: with data.yaml (YOLO), with Annotations or XML files (VOC), or with annotations.xml
+            (CVAT).
+        output: the JSON file to write.
+        layout: of the dataset.
+        split: of a YOLO dataset, a key of data.yaml such as train or val.
+        images: the folder of the image files, where it is not that of the layout.
+
+    Raises:
+        ConfigError: hotcoco is missing.
+        DataError: files of the layout are missing, or `output` exists.
+        AnnotationError: a file cannot be read, or says what COCO cannot.
+    """
+    folder, output = Path(folder), Path(output)
+    if output.exists():
+        raise DataError(f"output exists | where: file={output} | fix: choose another, or remove it")
+    try:
+        import hotcoco
+    except ImportError as error:
+        raise ConfigError('hotcoco is not installed | fix: pip install "detr_backbone[convert]"') from error
+    readers = {"yolo": _read_yolo, "voc": _read_voc, "cvat": _read_cvat}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            converted = readers[layout](hotcoco.COCO, folder, split, None if images is None else Path(images))
+    except (ValueError, OSError) as error:
+        if isinstance(error, (AnnotationError, DataError)):
+            raise
+        raise AnnotationError(f"dataset cannot be read as {layout} | where: folder={folder} | got {error}") from error
+    manifest = {
+        "source": {"folder": str(folder), "layout": layout, "split": split if layout == "yolo" else None},
+        "converter": f"hotcoco {hotcoco.__version__}",
+        "images": str(converted.images),
+        "counts": {key: len(converted.content[key]) for key in ("images", "annotations", "categories")},
+        "remarks": [*converted.remarks, *(str(one.message) for one in caught if one.category is UserWarning)],
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(converted.content), encoding="utf-8")
+    output.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return manifest
+
+
+def _read_yolo(coco_class: Any, folder: Path, split: str, images: Path | None) -> Converted:
+    config_file = _first_existing(folder / "data.yaml", *sorted(folder.glob("*.yaml")), what="data.yaml")
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not config.get("names"):
+        raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names")
+    names = config["names"]
+    names = [names[key] for key in sorted(names)] if isinstance(names, dict) else list(names)
+    if images is None:
+        stated = str(config.get(split) or config.get({"val": "valid"}.get(split, split)) or "")
+        if not stated:
+            raise DataError(f"dataset has no such split | where: file={config_file} key={split}")
+        inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
+        root = folder / str(config.get("path") or "")
+        images = _first_existing(root / stated, folder / stated, folder / inside, what=f"images of {split}")
+    parts = images.resolve().parts
+    place = max((i for i, part in enumerate(parts) if part == "images"), default=None)
+    labels = images.parent / "labels" if place is None else Path(*parts[:place], "labels", *parts[place + 1 :])
+    if not labels.is_dir():
+        raise DataError(f"dataset has no labels | where: folder={labels} | got none for the images in {images}")
+    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in ENDINGS)
+    remarks = {"images without a label file, listed without boxes": 0, "polygons, taken as the boxes around them": 0}
+    with tempfile.TemporaryDirectory() as temporary:
+        numbered, texts = Path(temporary, "images"), Path(temporary, "labels")
+        numbered.mkdir()
+        texts.mkdir()
+        # hotcoco reads few ways of writing YAML; the names are put in afterwards.
+        (texts / "data.yaml").write_text(f"nc: {len(names)}\nnames: {json.dumps([*map(str, range(len(names)))])}\n")
+        for number, path in enumerate(files):
+            label = (labels / path.relative_to(images)).with_suffix(".txt")
+            remarks["images without a label file, listed without boxes"] += not label.exists()
+            lines = label.read_text(encoding="utf-8").splitlines() if label.exists() else []
+            boxes = list(_boxes(lines, label))
+            remarks["polygons, taken as the boxes around them"] += sum(is_polygon for _, is_polygon in boxes)
+            (texts / f"{number:09d}.txt").write_text("".join(f"{line}\n" for line, _ in boxes), encoding="utf-8")
+            _save_blank(path, numbered / f"{number:09d}.png")
+        content = coco_class.from_yolo(str(texts), images_dir=str(numbered)).dataset
+    for category, name in zip(content["categories"], names, strict=True):
+        category["name"] = str(name)
+    for record in content["images"]:
+        record["file_name"] = files[int(Path(record["file_name"]).stem)].relative_to(images).as_posix()
+    return Converted(content, images, [f"{count} {what}" for what, count in remarks.items() if count])
+
+
+def _boxes(lines: Sequence[str], file: Path) -> Iterator[tuple[str, bool]]:
+    """Yield each line of a label file as class and box, and whether it was a polygon."""
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if len(fields) > 5 and len(fields) % 2:
+            xs, ys = [float(x) for x in fields[1::2]], [float(y) for y in fields[2::2]]
+            box = ((min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys))
+            yield " ".join([fields[0], *map(repr, box)]), True
+        elif len(fields) == 5:
+            yield line, False
+        elif fields:
+            raise AnnotationError(
+                f"label is neither a box nor a polygon | where: file={file} line={number} | "
+                f"got {len(fields)} fields expected class x y w h, or class x1 y1 x2 y2 x3 y3 ..."
+            )
+
+
+def _save_blank(path: Path, copy: Path) -> None:
+    """Write a blank image with the size of an upright one, for the converter reads nothing else of it."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            size = image.size
+            if image.getexif().get(0x0112, 1) in range(5, 9):
+                size = ImageOps.exif_transpose(image).size
+    except OSError as error:
+        raise DataError(f"image file cannot be read | where: file={path} | got {error}") from error
+    Image.new("1", size).save(copy, compress_level=1)
+
+
+def _read_voc(coco_class: Any, folder: Path, _split: str, images: Path | None) -> Converted:
+    content = coco_class.from_voc(str(folder)).dataset
+    if not content["images"]:
+        raise DataError(
+            f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations"
+        )
+    crowds = sum(one["iscrowd"] for one in content["annotations"])
+    remarks = [f"{crowds} objects marked difficult, taken as crowds"] if crowds else []
+    return Converted(content, images or _first_existing(folder / "JPEGImages", folder, what="images"), remarks)
+
+
+def _read_cvat(coco_class: Any, folder: Path, _split: str, images: Path | None) -> Converted:
+    file = folder if folder.is_file() else _first_existing(folder / "annotations.xml", what="annotations.xml")
+    text = file.read_text(encoding="utf-8")
+    for pattern, what in ((r'rotation="(?!0+(\.0*)?")', "rotated boxes"), (r"<track[ >]", "tracks")):
+        if match := re.search(pattern, text):
+            line = text.count("\n", 0, match.start()) + 1
+            raise AnnotationError(
+                f"COCO has no {what} | where: file={file} line={line} | fix: export polygons, as CVAT for images 1.1"
+            )
+    content = coco_class.from_cvat(str(file)).dataset
+    return Converted(content, images or _first_existing(file.parent / "images", file.parent, what="images"), [])
+
+
+def _first_existing(*paths: Path, what: str) -> Path:
+    for path in paths:
+        if path.exists():
+            return path
+    raise DataError(f"dataset has no {what} | where: file={paths[0]} | got none")

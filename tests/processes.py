@@ -1,0 +1,8 @@
+"""The folder of the repository, and the type of the fixtures that run its programs: `process`, `script`."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -1,0 +1,37 @@
+"""A network of four linear layers for each strategy of the layer getter: by walk, by graph, by hooks."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+
+class Branched(nn.Module):
+    """A stem, two branches that are added, a functional reshape, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(1))
+        self.stem = nn.Linear(4, 4)
+        self.left = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.right = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        x = self.stem(x) + self.shift
+        x = self.left(x) + self.right(x)
+        return self.head(x.flatten(1) if scale is None else x * scale)
+
+
+class LooksAtValues(Branched):
+    """Its forward depends on values, which no trace can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def sequential() -> nn.Sequential:
+    return nn.Sequential(OrderedDict(stem=nn.Linear(4, 4), left=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+
+
+STRATEGIES = {"sequential": sequential, "graph": Branched, "hooks": LooksAtValues}
