@@ -20,6 +20,7 @@ from detr_backbone.training import DataConfig, SplitConfig, open_split
 from detr_backbone.training.data import content_sha256, eval_loader, train_loader
 from detr_backbone.training.progress import Means
 from detr_backbone.training.sampler import EpochBatches
+from detr_backbone.training.signals import ignore_stop_signals
 
 COUNT = 41
 SHAPES = ((20, 40), (40, 20), (30, 30))
@@ -271,6 +272,24 @@ def test_a_worker_goes_on_when_every_process_is_told_to_stop(config: DataConfig,
     dataset = Signalled(config.val.images, annotations, transforms=transforms)
 
     assert len(list(eval_loader(dataset, replace(config, num_workers=1)))) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads
+def test_a_worker_ends_when_the_process_that_trains_says_so(config: DataConfig) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    worker = context.Process(target=wait_as_worker, daemon=True)
+    worker.start()
+    time.sleep(1)
+    worker.terminate()
+    worker.join(20)
+
+    assert worker.exitcode == 0
+
+
+def wait_as_worker() -> None:
+    ignore_stop_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
 
 
 def test_the_hash_of_a_split_follows_its_content_and_not_its_path(config: DataConfig, tmp_path: Path) -> None:

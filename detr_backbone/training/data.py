@@ -1,7 +1,7 @@
 """The datasets and loaders of a run."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -99,7 +99,7 @@ def open_split(config: DataConfig, split: SplitConfig, *, train: bool) -> CocoDe
 class Loader(DataLoader[Any]):
     """A DataLoader whose faults are one line each: which image, how long a stall, what ended a worker."""
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]
         last = "none"
         try:
             for batch in super().__iter__():

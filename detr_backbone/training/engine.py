@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.training.config import TrainConfig, save_config
@@ -108,25 +108,26 @@ def train_epoch(run: Run, signals: StopSignals) -> None:
     run.batches.start(epoch, batch=done * accumulate)
     if not done:
         run.means = Means()
-    steps = run.log.steps(
-        zip(*[iter(run.loader)] * accumulate, strict=False),
-        run.means,
-        f"epoch {epoch}/{run.config.optimizer.epochs}",
-        done=done,
-        per_epoch=per_epoch,
-        left_after=run.total_steps - epoch * per_epoch,
-    )
-    for batches in steps:
-        losses = run.learner.step(batches, run.step)
-        for one, (images, _) in zip(losses, batches, strict=True):
-            run.means.add(one, images)
-        run.step += 1
-        stop, save = run.ranks.agree(bool(signals.name), run.step % per_epoch == 0 or run.is_due())
-        if save or stop:
-            run.save()
-        if stop:
-            run.ranks.close()
-            raise signals.stopped()
+    with closing(iter(run.loader)) as loaded:
+        steps = run.log.steps(
+            zip(*[loaded] * accumulate, strict=False),
+            run.means,
+            f"epoch {epoch}/{run.config.optimizer.epochs}",
+            done=done,
+            per_epoch=per_epoch,
+            left_after=run.total_steps - epoch * per_epoch,
+        )
+        for batches in steps:
+            losses = run.learner.step(batches, run.step)
+            for one, (images, _) in zip(losses, batches, strict=True):
+                run.means.add(one, images)
+            run.step += 1
+            stop, save = run.ranks.agree(bool(signals.name), run.step % per_epoch == 0 or run.is_due())
+            if save or stop:
+                run.save()
+            if stop:
+                run.ranks.close()
+                raise signals.stopped()
 
 
 def finish_epoch(run: Run, signals: StopSignals) -> None:

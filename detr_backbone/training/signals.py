@@ -77,17 +77,20 @@ def ignore_stop_signals(_: int = 0) -> None:
     """Leave stopping to the process that trains: the `worker_init_fn` of a DataLoader.
 
     Ctrl-C and many schedulers signal every process. A worker that ended with it would take the step with it that its
-    batch was for. A second SIGTERM is obeyed: a DataLoader sends one to a worker that does not answer, and Python one
-    more when it ends.
+    batch was for. SIGTERM is obeyed where it comes from the process that trains, which ends its workers so.
     """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _obey_next_time)
+    if hasattr(signal, "sigwaitinfo"):  # which tells who sent a signal; macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_parent, daemon=True).start()
 
 
-def _obey_next_time(number: int, _: FrameType | None) -> None:
-    signal.signal(number, lambda *_: os._exit(0))
+def _obey_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _numbers() -> list[int]:
