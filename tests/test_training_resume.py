@@ -52,6 +52,19 @@ def test_a_signal_loses_no_step(
     assert differences(straight, tmp_path / "run") == []
 
 
+def stop_at(rank: int, step: int) -> StepHook:
+    return raise_at(step, "SIGTERM")
+
+
+def test_a_stopped_run_ends_with_its_workers(shapes: Path, tmp_path: Path) -> None:
+    config = twelve_steps(shapes, tmp_path / "run", checkpoint_every=0)
+    config = replace(config, data=replace(config.data, num_workers=1))
+    codes, errors = launch(stop_at, config, 2)
+
+    assert codes == [75]
+    assert errors.splitlines()[-1].startswith("stopped by SIGTERM | go on with --resume auto")
+
+
 def kill_at(rank: int, step: int) -> StepHook:
     return raise_at(step, "SIGKILL")
 
