@@ -92,6 +92,8 @@ def main(
     else:
         if (images is None) != (annotations is None):
             raise ConfigError("give --images and --annotations together or not at all")
+        if policies != DEFAULT_POLICIES:
+            raise ConfigError("--policies need --detections; a detector's configuration has its own, data.policies")
         split = None if images is None else SplitConfig(images=images, annotations=str(annotations))
         result, evaluator, settings, device, is_main = _detect(checkpoint, str(config), split, subset, backend)
         if counting != COCO_SETTINGS:
@@ -101,10 +103,12 @@ def main(
     if not is_main:
         return
     matches = evaluator.matches()
-    sure = resample_intervals(matches, resamples=intervals) if intervals else None
+    confidence = resample_intervals(matches, resamples=intervals) if intervals else None
     # Files first: a console that cannot show a name raises an error.
     if output is not None:
-        write_result(output, result, detections=evaluator.detections, image_ids=evaluator.image_ids, intervals=sure)
+        write_result(
+            output, result, detections=evaluator.detections, image_ids=evaluator.image_ids, intervals=confidence
+        )
     if report is not None:
         what = checkpoint or detections or f"{config}, untrained"
         page = write_report(
@@ -114,9 +118,9 @@ def main(
             origin={"Detections of": what, **origin(evaluator.annotations, evaluator.image_ids, device=device)},
             images=images,
             config="" if settings is None else yaml.safe_dump(config_to_dict(settings), sort_keys=False),
-            intervals=sure,
+            intervals=confidence,
         )
-    print(result.table(sure))
+    print(result.table(confidence))
     if report is not None:
         print(f"report: {page}")
 

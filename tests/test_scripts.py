@@ -262,6 +262,7 @@ def test_an_ignore_flag_is_handled_as_the_policy_of_an_evaluation_says(script: C
         (("make_subset.py", "--annotations", "x", "--output", "y"), "needs an option that says which images"),
         (("evaluate.py",), "give one of --checkpoint, --config and --detections"),
         (("evaluate.py", "--detections", "found.json"), "--detections need the --annotations"),
+        (("evaluate.py", "--config", "tiny.yaml", "--policies.ignore_flag", "drop"), "--policies need --detections"),
         (("evaluate.py", "--detections", "tiny.yaml", "--annotations", "tiny.yaml"), "file is not JSON"),
         (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
         (("compare.py", "--annotations", "tiny.yaml", "--a", "x", "--b", "y"), "file is not JSON"),

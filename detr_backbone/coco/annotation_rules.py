@@ -234,7 +234,7 @@ def _examine_duplicate_boxes(
     belongs_to: IntArray, boxes: FloatArray, known: BoolArray, ids: IntArray, where: Where
 ) -> list[Findings]:
     """Return the boxes [N, 4] that equal an earlier one of the same image and category, `belongs_to` [2, N]."""
-    # Multiplicative hashing (Knuth, The Art of Computer Programming 3, section 6.4); equal digests are compared in full.
+    # Multiplicative hashing: Knuth, The Art of Computer Programming 3, 6.4. Equal digests are compared in full.
     columns = [*belongs_to, *np.ascontiguousarray(boxes).view(np.int64).T]
     digest = np.zeros(len(boxes), np.int64)
     with np.errstate(over="ignore"):
