@@ -125,5 +125,5 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that a convolution computes in."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)  # there is none on the meta device
     return torch.get_autocast_dtype(device) if autocast else weight.dtype
