@@ -125,18 +125,24 @@ def main(
 
     missing = [(name, seed) for seed in range(seeds) for name in names if not _detections(folder, name, seed).exists()]
     print(f"{len(missing)} runs to train, {parallel} beside each other", flush=True)
-    pool = ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    with pool:
-        jobs = [
-            pool.submit(_train, name, seed, recipe, str(folder), ["--config", config, *precision, *length])
+    failed = []
+    with ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = {
+            pool.submit(_train, name, seed, recipe, output, ["--config", config, *precision, *length]): (name, seed)
             for name, seed in missing
-        ]
+        }
         for job in as_completed(jobs):
+            name, seed = jobs[job]
+            if error := job.exception():  # the other runs go on
+                failed.append(f"{name} seed {seed}: {error} | where: file={_detections(folder, name, seed, '.log')}")
+                continue
             run = job.result()
-            print(f"{run.variant} seed {run.seed}: AP {run.ap:.3f}, {run.seconds:.0f} s on {run.device}", flush=True)
+            print(f"{name} seed {seed}: AP {run.ap:.3f}, {run.seconds:.0f} s on {run.device}", flush=True)
             _write_table(folder, base, recipe, reference)
     _write_table(folder, base, recipe, reference)
     print((folder / "convergence.md").read_text(encoding="utf-8"))
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def _length(base: TrainConfig, steps: int | None) -> tuple[str, list[str]]:
@@ -180,8 +186,8 @@ def _train(variant: str, seed: int, recipe: str, output: str, arguments: list[st
     return run
 
 
-def _detections(folder: Path, variant: str, seed: int) -> Path:
-    return folder / f"{variant}-{seed}.json"
+def _detections(folder: Path, variant: str, seed: int, ending: str = ".json") -> Path:
+    return folder / f"{variant}-{seed}{ending}"
 
 
 def _write_table(folder: Path, base: TrainConfig, recipe: str, reference: str) -> None:
