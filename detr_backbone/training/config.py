@@ -16,6 +16,8 @@ from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
 from detr_backbone.evaluation.evaluator import Backend
+from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_of
+from detr_backbone.training.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,22 +144,25 @@ class TrainConfig:
 
 
 class _YamlFile(ActionConfigFile):
-    """`--config F`, refusing a file that gives one key twice: YAML readers keep the last one in silence."""
+    """`--config F`, a file or a recipe's name; refuses keys that do not exist or that stand twice, with their lines."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if Path(str(values)).is_file():
-            try:
-                refuse_duplicate_keys(Path(str(values)))
-            except ConfigError as error:
-                parser.error(str(error))
+        try:
+            path = find_recipe(str(values))
+            refuse_duplicate_keys(path)
+            parser.lines |= {key: (path, line) for key, line in lines_of(path, parser.keys).items()}
+        except ConfigError as error:
+            parser.error(str(error))
         untyped: Any = super()
-        untyped.__call__(parser, namespace, values, option_string)
+        untyped.__call__(parser, namespace, str(path), option_string)
 
 
-def config_parser(description: str) -> ArgumentParser:
+def config_parser(description: str) -> OneLineParser:
     """A command line that takes `--config F` and every key of TrainConfig as `--key.sub value`; later ones win."""
-    parser = ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", action=_YamlFile, help="YAML file; several are read in order")
+    parser = OneLineParser(description=description, keys=keys_of(TrainConfig) | {"config": str})
+    parser.add_argument(
+        "--config", action=_YamlFile, help="YAML file, or the name of a recipe; several are read in order"
+    )
     parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=True)
     return parser
 
