@@ -49,7 +49,7 @@ class Command:
     def parser(self) -> OneLineParser:
         """Return the command line with all its options."""
         keys = keys_of(self.main)
-        skip = {_OVERRIDES} if keys.pop(_OVERRIDES, None) else set()
+        skip: set[str | int] = {_OVERRIDES} if keys.pop(_OVERRIDES, None) else set()
         parser = OneLineParser(prog=f"detr-backbone {self.name}", description=_summary(self.main), keys=keys)
         parser.add_function_arguments(self.main, skip=skip, fail_untyped=True)
         return parser
@@ -57,11 +57,10 @@ class Command:
     def options(self, words: Sequence[str]) -> dict[str, Any]:
         """Return the keyword arguments of `main` that a command line gives."""
         parser = self.parser()
-        own, overrides = list(words), []
-        if _OVERRIDES in keys_of(self.main):
-            own, overrides = split_overrides(words)
+        takes_overrides = _OVERRIDES in keys_of(self.main)
+        own, overrides = split_overrides(words) if takes_overrides else (words, [])
         options: dict[str, Any] = vars(parser.instantiate(parser.parse_args(own)))
-        return options | ({_OVERRIDES: overrides} if _OVERRIDES in keys_of(self.main) else {})
+        return options | ({_OVERRIDES: overrides} if takes_overrides else {})
 
     def help(self) -> str:
         """Return the options that are used most, one after the other, with an example."""

@@ -173,6 +173,20 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     return config_of(parser, parser.parse_args(arguments))
 
 
+def override_config(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """Return the configuration with the changes that words of a command line ask for.
+
+    Raises:
+        ConfigError: a key is unknown, or a value does not fit.
+    """
+    if not words:
+        return config
+    parser = config_parser("")
+    parser.exit_on_error = False
+    parser.set_defaults(dict(flat(config_to_dict(config))))
+    return config_of(parser, parser.parse_args(words))
+
+
 def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
     """The configuration in what a `config_parser` parsed."""
     keys = TrainConfig.__dataclass_fields__

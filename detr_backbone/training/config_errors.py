@@ -123,7 +123,7 @@ class OneLineParser(ArgumentParser):
         """Where files set a key; `--config` fills it."""
         self._typed: list[str] = []
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Parse the words of a command line."""
         import sys
 
