@@ -150,10 +150,10 @@ def _option(text: str, key: str) -> tuple[str, str]:
     block = re.search(rf"^  --{re.escape(key)}[ ,].*\n(?:    .*\n|\n(?=    ))*", f"{text}\n", re.MULTILINE)
     assert block is not None, f"{key} is no option"
     choices = re.search(r"\{.*?\}", block[0].splitlines()[0])
-    about = re.split(rf"^  --{re.escape(key)} \S+(?:, --\S+ \S+)*\s+", block[0], flags=re.MULTILINE)[-1]
+    about = re.split(rf"^  --{re.escape(key)} [^\s,]+(?:, --\S+ \S+)*\s+", block[0], flags=re.MULTILINE)[-1]
     about = re.sub(
         r"\((required, )?type: .*?(?:, default: (.*?))?\)\s*$",
-        lambda found: "(required)" if found[1] else f"(default: {found[2]})",
+        lambda found: "(required)" if found[1] else f"(default: {str(found[2]).replace('False', 'false')})",
         " ".join(about.split()),
     )
     return f"--{key}" + (f" {choices[0]}" if choices else ""), re.sub(r" ?\(default: (null|None|)\)", "", about)

@@ -198,7 +198,7 @@ class _Run:
             endings = ", ".join(f"{ending} {count}" for ending, count in self.files.others.items())
             lines.append(f"files that are no pictures, left out: {endings}")
         if self.files.folders:
-            lines.append(f"folders not entered: {self.files.folders} (--recursive true takes them)")
+            lines.append(f"folders not entered: {self.files.folders} (--recursive takes them)")
         return "\n".join(lines)
 
 

@@ -74,7 +74,7 @@ def find_images(path: Path | str, *, recursive: bool = False) -> ImageFiles:
         else:
             others[ending or "no ending"] += 1
     if not pictures:
-        fix = f" | fix: --recursive true takes the {folders} folders in it" if folders else ""
+        fix = f" | fix: --recursive takes the {folders} folders in it" if folders else ""
         raise DataError(
             f"there are no pictures | where: file={path} | got {len(skipped)} skipped, {others.total()} others{fix}"
         )

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 
 from detr_backbone.errors import ConfigError
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 def keys_of(kind: Any, prefix: str = "") -> dict[str, Any]:
@@ -71,7 +71,8 @@ def expected(hint: Any) -> str:
         return f"a list of {len(arguments)}: {', '.join(dict.fromkeys(map(expected, arguments)))}"
     if is_dataclass(hint):
         return f"a group of keys: {', '.join(get_type_hints(hint))}"
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+    name = _NAMES.get(hint)
+    return str(getattr(hint, "__name__", hint)) if name is None else name
 
 
 def lines_of(path: Path, keys: Mapping[str, Any]) -> dict[str, int]:
@@ -108,9 +109,10 @@ def _lines(node: yaml.MappingNode, prefix: str, path: Path, keys: Mapping[str, A
 
 
 class OneLineParser(ArgumentParser):
-    """A command line whose every mistake is one line on stderr and exit code 2; lists are taken as people type them.
+    """A command line whose every mistake is one line on stderr and exit code 2; values are taken as people type them.
 
-    `--key a b`, `--key a,b` and `--key "[a, b]"` are the same for a key that takes a list.
+    `--key a b`, `--key a,b` and `--key "[a, b]"` are the same for a key that takes a list, `--key` and `--key true` for
+    one that takes true or false.
 
     Args:
         keys: the type of every key, as `keys_of` gives them.
@@ -127,7 +129,7 @@ class OneLineParser(ArgumentParser):
         """Parse the words of a command line."""
         import sys
 
-        self._typed = join_lists(sys.argv[1:] if args is None else args, self.keys)
+        self._typed = values_as_yaml(sys.argv[1:] if args is None else args, self.keys)
         return super().parse_args(self._typed, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -164,13 +166,13 @@ class OneLineParser(ArgumentParser):
         return f" | where: file={path} line={line}"
 
 
-def join_lists(words: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
-    """Return the words of a command line with the values of every list in one word, as YAML.
+def values_as_yaml(words: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line with the values of a list in one word, as YAML, and `true` behind a bare flag.
 
-    >>> join_lists(["--names", "a", "b", "--n", "1"], {"names": tuple[str, ...], "n": int})
+    >>> values_as_yaml(["--names", "a", "b", "--n", "1"], {"names": tuple[str, ...], "n": int})
     ['--names=["a", "b"]', '--n', '1']
-    >>> join_lists(["--sizes=3,4"], {"sizes": tuple[int, ...]})
-    ['--sizes=[3, 4]']
+    >>> values_as_yaml(["--sizes=3,4", "--strict"], {"sizes": tuple[int, ...], "strict": bool})
+    ['--sizes=[3, 4]', '--strict', 'true']
     """
     joined: list[str] = []
     rest = list(words)
@@ -182,6 +184,8 @@ def join_lists(words: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
         list_type = next((part for part in parts if _is_list(part)), None)
         if list_type is None:
             joined.append(word)
+            if hint is bool and not equals and (not rest or rest[0].startswith("--")):
+                joined.append("true")
             continue
         values = [value] if equals else []
         while rest and not equals and not rest[0].startswith("--"):
