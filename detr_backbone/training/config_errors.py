@@ -18,7 +18,13 @@ from jsonargparse import ArgumentParser
 
 from detr_backbone.errors import ConfigError
 
-_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+}
 
 
 def keys_of(kind: Any, prefix: str = "") -> dict[str, Any]:
@@ -47,7 +53,8 @@ def nearest_key(name: str, keys: Mapping[str, Any]) -> str:
     """
     if ending := [key for key in keys if key.endswith(f".{name}")]:
         return min(ending, key=len)
-    if close := difflib.get_close_matches(name, keys, n=1, cutoff=0.75):
+    close: list[str] = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    if close:
         return close[0]
     last = {key.rpartition(".")[2]: key for key in keys}
     close = difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)
