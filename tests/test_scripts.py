@@ -127,10 +127,10 @@ def test_predictions_are_written_as_json_and_pictures(script: Command, trained: 
     result = script(folder, "predict.py", "--checkpoint", str(trained), *options)
 
     assert result.returncode == 0, result.stderr
-    predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))
+    predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))["predictions"]
     assert {entry["file_name"] for entry in predictions} == {"000001.png", "000002.png"}
     assert {entry["category"] for entry in predictions} <= set(CLASSES)
-    with Image.open(folder / "found" / "000001.png.png") as picture:
+    with Image.open(folder / "found" / "000001.jpg") as picture:
         assert picture.size == (448, 448)  # 64 pixels, enlarged to be legible
 
 

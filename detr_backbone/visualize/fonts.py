@@ -1,5 +1,6 @@
 """Fonts for the names of categories, in any script: DejaVu Sans, or a font of the system that has the characters."""
 
+import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
@@ -32,7 +33,7 @@ def _default() -> str:
 
 @lru_cache(maxsize=4096)
 def _file_for(characters: frozenset[str]) -> str | None:
-    needed = {ord(character) for character in characters if character.isprintable()}
+    needed = {ord(one) for one in characters if not one.isspace() and unicodedata.category(one) not in ("Cc", "Cf")}
     return next((file for file in _files() if needed <= _characters(file)), None)
 
 
