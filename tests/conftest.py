@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from detr_backbone.commands.__main__ import main
-
 from tests.processes import ROOT, Command, Ended
 
 
@@ -31,10 +30,10 @@ def _forget_devices() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def process() -> Command:
-    """Run Python in a new process: `process(folder, *words)`."""
+    """Run Python in a new process: `process(folder, *words, **environment)`."""
 
-    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    def run(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
         return subprocess.run(
             [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from detr_backbone.training.config import TrainConfig
 from detr_backbone.training.config_errors import keys_of
-from tests.processes import ROOT, Command, Ended
+from tests.processes import ROOT, Ended
 
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"

@@ -14,7 +14,7 @@ from detr_backbone.nested_tensor import Size
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded: a quarter of a GiB as RGB. Pillow warns above the same number."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
-"""Formats that are always decoded, and AVIF and HEIF where Pillow can; another of Pillow's formats runs an external program."""
+"""Formats that are always decoded; among Pillow's other formats is one that runs an external program."""
 MIN_SIDE = 16
 """An image with a shorter side, in pixels, is reported: half a cell of the coarsest level of a backbone."""
 MAX_ASPECT = 10

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "compute COCO's numbers of a detector, or of detections in a file",
     "predict": "detect objects in pictures; write them as JSON and draw them",
     "check-data": "find what is wrong with a dataset before training does",
+    "convert-data": "convert a YOLO, Pascal VOC or CVAT dataset to COCO format, and check it",
     "make-subset": "write a part of a dataset as a dataset",
     "compare": "compare two detectors on the same images",
     "inspect": "describe the layers of a detector, and draw what they hold",

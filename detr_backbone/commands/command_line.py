@@ -15,6 +15,7 @@ from detr_backbone.training.config import TrainConfig
 from detr_backbone.training.config_errors import OneLineParser, keys_of
 
 _OVERRIDES = "overrides"
+_YAML = {"True": "true", "False": "false"}  # as values are typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Command:
     for a configuration that is read from elsewhere.
 
     Attributes:
-        name: as it is typed.
+        name: as it is typed, with the program before it.
         main: takes keyword arguments; what it returns is the exit code, None is 0.
         example: a command line that works.
         shown: the keys that `--help` shows; all parameters of `main` if left out.
@@ -50,7 +51,7 @@ class Command:
         """Return the command line with all its options."""
         keys = keys_of(self.main)
         skip: set[str | int] = {_OVERRIDES} if keys.pop(_OVERRIDES, None) else set()
-        parser = OneLineParser(prog=f"detr-backbone {self.name}", description=_summary(self.main), keys=keys)
+        parser = OneLineParser(prog=self.name, description=_summary(self.main), keys=keys)
         parser.add_function_arguments(self.main, skip=skip, fail_untyped=True)
         return parser
 
@@ -66,7 +67,7 @@ class Command:
         """Return the options that are used most, one after the other, with an example."""
         parser = self.parser()
         width = min(shutil.get_terminal_size().columns, 120)
-        shown = self.shown or tuple(key for key in keys_of(self.main) if key != _OVERRIDES)
+        shown = self.shown or tuple(key for key in keys_of(self.main) if "." not in key and key != _OVERRIDES)
         text, entries = parser.format_help(), []
         for key in shown:
             if is_dataclass(parser.keys.get(key)):
@@ -78,7 +79,7 @@ class Command:
         entries.append(("--help-all", "shows all options."))
         indent = min(max(len(option) for option, _ in entries) + 4, 36)
         lines = [line for option, about in entries for line in _entry(option, about, indent, width)]
-        head = [f"usage: detr-backbone {self.name} [OPTIONS]", "", *textwrap.wrap(_summary(self.main), width), ""]
+        head = [f"usage: {self.name} [OPTIONS]", "", *textwrap.wrap(_summary(self.main), width), ""]
         return "\n".join([*head, *lines, "", "example:", *(f"  {line}" for line in self.example.splitlines())])
 
 
@@ -149,19 +150,19 @@ def _option(text: str, key: str) -> tuple[str, str]:
     """Return an option with its choices, and what jsonargparse's help says of it, without the types."""
     block = re.search(rf"^  --{re.escape(key)}[ ,].*\n(?:    .*\n|\n(?=    ))*", f"{text}\n", re.MULTILINE)
     assert block is not None, f"{key} is no option"
-    choices = re.search(r"\{.*?\}", block[0].splitlines()[0])
-    about = re.split(rf"^  --{re.escape(key)} [^\s,]+(?:, --\S+ \S+)*\s+", block[0], flags=re.MULTILINE)[-1]
+    head, _, about = re.sub(r"\s{2,}", "\n", block[0].strip()).partition("\n")
+    choices = re.search(r"\{.*?\}", head)
     about = re.sub(
         r"\((required, )?type: .*?(?:, default: (.*?))?\)\s*$",
-        lambda found: "(required)" if found[1] else f"(default: {str(found[2]).replace('False', 'false')})",
+        lambda found: "(required)" if found[1] else f"(default: {_YAML.get(found[2], found[2])})",
         " ".join(about.split()),
     )
-    return f"--{key}" + (f" {choices[0]}" if choices else ""), re.sub(r" ?\(default: (null|None|)\)", "", about)
+    return f"--{key}" + (f" {choices[0]}" if choices else ""), re.sub(r" ?\(default: (null|None|\(\)|)\)", "", about)
 
 
 def _entry(option: str, about: str, indent: int, width: int) -> list[str]:
     """Return the lines of one option, as argparse sets them."""
     left = f"  {option}"
-    body = textwrap.wrap(about, max(width - indent, 30))
+    body = textwrap.wrap(about, max(width - indent, 30), break_on_hyphens=False)
     head = [left] if len(left) > indent - 2 else [f"{left:<{indent}}{body.pop(0) if body else ''}"]
     return [*head, *(f"{'':<{indent}}{line}" for line in body)]

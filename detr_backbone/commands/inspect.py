@@ -178,7 +178,7 @@ def _draw_queries(
 
 
 COMMAND = Command(
-    name="inspect",
+    name="detr-backbone inspect",
     main=main,
     example="detr-backbone inspect --checkpoint runs/shapes/checkpoint.pt --images data/shapes/val --output look\n"
     "detr-backbone inspect --config detr_r50 --layers backbone.0.body.layer3 transformer",

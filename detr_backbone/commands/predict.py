@@ -46,14 +46,14 @@ def main(
     strict: bool = False,
     overrides: Sequence[str] = (),
 ) -> int:
-    """Detect objects in pictures, and write them as JSON and as annotated pictures.
+    """Detect objects in pictures, and write them as JSON and as annotated images.
 
     Files that cannot be read are skipped and named, and the exit code is 1.
 
     Args:
         checkpoint: the trained detector.
         images: a picture, or a folder of pictures.
-        output: the folder for predictions.json and the annotated pictures.
+        output: the folder for predictions.json and the annotated images.
         threshold: detections with a lower score are left out, 0 to 1; `best` takes the score with the best F1 from the
             report of the detector.
         report: for `best`, the report's folder; the folder `report` beside the checkpoint if left out.
@@ -61,7 +61,7 @@ def main(
         recursive: take the folders in the folder too.
         annotations: a COCO file, also one without annotations; its images are taken, and all their detections, of any
             score, are written as COCO results (detections.json) for `evaluate`.
-        pictures: the format of the annotated pictures; none writes JSON only.
+        pictures: the format of the annotated images; none writes JSON only.
         batch_size: pictures in one forward pass.
         strict: stop at the first file that cannot be read.
         overrides: words that change the configuration of the run.
@@ -100,6 +100,11 @@ def main(
             readers.shutdown(cancel_futures=True)
             writers.shutdown()
             run.save(predictor.categories, with_results=annotations is not None)
+    if not run.count:
+        name, reason = next(iter(sorted(run.skipped.items())))
+        raise DataError(
+            f"no picture could be read | where: file={files.folder / name} | got {reason}, {len(run.skipped)} skipped"
+        )
     print(run.summary())
     if pictures != "none":
         from detr_backbone.visualize.fonts import names_without_font
@@ -181,6 +186,11 @@ class _Run:
         if with_results:
             (self.folder / "detections.json").write_text(json.dumps(self._results), encoding="utf-8")
 
+    @property
+    def count(self) -> int:
+        """How many pictures were read."""
+        return len(self._images)
+
     def summary(self) -> str:
         """Return what is said on the screen at the end."""
         detections, images = len(self._records), len(self._images)
@@ -237,7 +247,7 @@ def _best_score(report: str | None, checkpoint: str) -> float:
 
 
 COMMAND = Command(
-    name="predict",
+    name="detr-backbone predict",
     main=main,
     example="detr-backbone predict --checkpoint runs/shapes/checkpoint.pt --images data/shapes/val --output found",
 )

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from detr_backbone.commands.command_line import Command, output_folder, require
+from detr_backbone.errors import ConfigError
 from detr_backbone.training.config import TrainConfig, config_parser, parse_config
 from detr_backbone.training.config_errors import OneLineParser
 
 
 def main(config: TrainConfig) -> None:
     """Train a detector on a dataset in COCO format, and evaluate it."""
+    for split in ("train", "val"):
+        for key in ("images", "annotations"):
+            if not getattr(getattr(config.data, split), key):
+                raise ConfigError(
+                    f"`data.{split}.{key}` must be set | fix: --config NAME, or --data.{split}.{key} PATH"
+                )
     require("accelerate", "rich", extra="train")
     if config.detector.backbone.name.startswith("timm/"):
         require("timm", extra="timm")
-    if config.data.eval_backend != "pycocotools":
-        require(config.data.eval_backend, extra="fast-eval")
     output_folder(config.output_dir, option="output_dir")
     from detr_backbone.training.engine import train
 
@@ -26,7 +31,7 @@ class _TrainCommand(Command):
 
     def parser(self) -> OneLineParser:
         parser = config_parser(main.__doc__ or "")
-        parser.prog = f"detr-backbone {self.name}"
+        parser.prog = self.name
         return parser
 
     def options(self, words: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +39,7 @@ class _TrainCommand(Command):
 
 
 COMMAND = _TrainCommand(
-    name="train",
+    name="detr-backbone train",
     main=main,
     example="detr-backbone train --config shapes --output_dir runs/mine \\\n"
     "    --data.train.images mine/train --data.train.annotations mine/train.json \\\n"

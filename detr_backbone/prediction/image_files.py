@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json
-from detr_backbone.coco.files import examine_files
 from detr_backbone.coco.findings import KINDS
+from detr_backbone.coco.image_files import examine_files
 from detr_backbone.coco.images import readable_formats
 from detr_backbone.errors import ConfigError, DataError
 

@@ -1,7 +1,6 @@
 """Training and using a detector: the one place where the data side and the model side meet."""
 
 from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from detr_backbone.training.command import parse_options, plain_errors
 from detr_backbone.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -32,8 +31,6 @@ __all__ = [
     "load_checkpoint",
     "open_split",
     "parse_config",
-    "parse_options",
-    "plain_errors",
     "save_checkpoint",
     "train",
 ]

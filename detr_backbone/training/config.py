@@ -141,6 +141,11 @@ class TrainConfig:
         for key, least in (("eval_every", 1), ("calibration_images", 0), ("seed", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"`{key}` must be at least {least}, got {getattr(self, key)}")
+        if self.detector.backbone.in_channels != 3:
+            raise ConfigError(
+                f"`detector.backbone.in_channels` must be 3 for image files, which are read as RGB, got "
+                f"{self.detector.backbone.in_channels}"
+            )
 
 
 class _YamlFile(ActionConfigFile):
@@ -149,8 +154,8 @@ class _YamlFile(ActionConfigFile):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
             path = find_recipe(str(values))
-            refuse_duplicate_keys(path)
             parser.lines |= {key: (path, line) for key, line in lines_of(path, parser.keys).items()}
+            refuse_duplicate_keys(path)
         except ConfigError as error:
             parser.error(str(error))
         untyped: Any = super()

@@ -65,7 +65,7 @@ def expected(hint: Any) -> str:
     """Return in words what a key of this type takes.
 
     >>> expected(tuple[str, ...] | None), expected(Literal["no", "bf16"]), expected(tuple[int, int])
-    ('a list of text, such as [a, b], or null', 'one of no, bf16', 'a list of 2: a whole number')
+    ('a list of text, such as [a, b], or null', 'one of no, bf16', 'a list of 2, each a whole number')
     """
     arguments = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
@@ -75,7 +75,7 @@ def expected(hint: Any) -> str:
     if _is_list(hint):
         if Ellipsis in arguments or len(arguments) == 1:
             return f"a list of {expected(arguments[0])}, such as [a, b]"
-        return f"a list of {len(arguments)}: {', '.join(dict.fromkeys(map(expected, arguments)))}"
+        return f"a list of {len(arguments)}, each {' or '.join(dict.fromkeys(map(expected, arguments)))}"
     if is_dataclass(hint):
         return f"a group of keys: {', '.join(get_type_hints(hint))}"
     name = _NAMES.get(hint)
@@ -95,10 +95,9 @@ def lines_of(path: Path, keys: Mapping[str, Any]) -> dict[str, int]:
         where = f"file={path}" + (f" line={mark.line + 1}" if mark else "")
         got = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"configuration is not YAML | where: {where} | got {got}") from error
-    if root is None:
-        return {}
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"configuration must be keys with values | where: file={path} | got {root.value!r}")
+        got = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}.get(type(root), "nothing")
+        raise ConfigError(f"configuration must be keys with values | where: file={path} | got {got}")
     return dict(_lines(root, "", path, keys))
 
 
@@ -148,10 +147,10 @@ class OneLineParser(ArgumentParser):
 
     def _in_one_line(self, message: str) -> str:
         if unknown := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
-            word = unknown[1].split()[0]
-            key = word.partition("=")[0].removeprefix("--")
-            if word.startswith("-"):
-                return f"option does not exist | got --{key}{_suggestion(key, self.keys, '--')}"
+            word = (unknown[1].split() or [""])[0]
+            option = word.partition("=")[0]
+            if option.startswith("-"):
+                return f"option does not exist | got {option}{_suggestion(option.lstrip('-'), self.keys, '--')}"
             return f"word belongs to no option | got {word!r} | fix: options are --key value; see --help"
         if bad := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
             key, reason = bad[1], bad[2]
@@ -161,6 +160,10 @@ class OneLineParser(ArgumentParser):
                 is_text = re.fullmatch(r"[\w.]+", given[1]) and "a list of text" in text
                 return text + (f" | fix: {key}: [{given[1]}]" if is_text else "")
             return f"{' '.join(reason.split())} | where: key={key}"
+        if missing := re.match(r"the following arguments are required: (.*)", message):
+            return f"options must be given | got none of --{missing[1].replace(', ', ', --')}"
+        if valueless := re.match(r"argument (--\S+): expected one argument", message):
+            return f"`{valueless[1]}` must have a value, got none"
         text = " ".join(message.split())
         named = re.match(r"`(?:\w+: )?([\w.]+)`", text)
         return text + (self._where(named[1]) if named and "where:" not in text else "")
