@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from detr_backbone.backbone import fold_for_inference
 from detr_backbone.coco.dataset import Target
 from detr_backbone.coco.images import read_image
 from detr_backbone.coco.transforms import TransformConfig, make_transforms
@@ -125,7 +126,7 @@ def load_predictor(
     """
     loaded = load_checkpoint(checkpoint)
     model, config = detector_of(loaded, overrides=overrides)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fold_for_inference(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Predictor(
         model=model,
         postprocess=build_postprocess(config.detector, category_ids=loaded.category_ids),
