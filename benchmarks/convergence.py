@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import torch
 
 from detr_backbone.coco.annotations import CocoAnnotations, load_annotations
 from detr_backbone.coco.shapes import draw_shapes
+from detr_backbone.commands.command_line import Command
 from detr_backbone.detectors import build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.evaluation.evaluator import CocoEvaluator
@@ -35,8 +37,6 @@ from detr_backbone.training import (
     load_checkpoint,
     open_split,
     parse_config,
-    parse_options,
-    plain_errors,
     train,
 )
 
@@ -246,5 +246,5 @@ def _over_seeds(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main(**parse_options(main))
+    EXAMPLE = "python benchmarks/convergence.py"
+    sys.exit(Command(name="python benchmarks/convergence.py", main=main, example=EXAMPLE).run(sys.argv[1:]))

@@ -4,6 +4,7 @@ import doctest
 import re
 import runpy
 import shlex
+from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from tests.processes import ROOT, Command
+from detr_backbone.training.config import TrainConfig
+from detr_backbone.training.config_errors import keys_of
+from tests.processes import ROOT, Ended
 
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+SCRIPTS = {"scripts/inspect_backbone.py": "inspect"}
+"""Scripts that have another name than their command."""
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -59,23 +64,31 @@ def test_every_folder_of_the_package_has_a_place_in_the_table_of_contributing() 
     assert [folder for folder in folders if f"`{folder}/`" not in text_of(CONTRIBUTING)] == []
 
 
-def scripts() -> dict[str, set[str]]:
-    """The scripts that the pages call, each with all options it is given."""
+def options_given() -> dict[str, set[str]]:
+    """The commands that the pages call, by script or by name, each with all options it is given."""
     options: dict[str, set[str]] = {}
     for command in (command for page in PAGES for command in commands_of(page)):
         words = shlex.split(command, comments=True)
         if words[:1] == ["python"] and words[1].startswith("scripts/"):
-            given = {word.partition("=")[0] for word in words if word.startswith("--")}
-            options.setdefault(words[1].removeprefix("scripts/"), set()).update(given)
+            name = SCRIPTS.get(words[1], words[1].removeprefix("scripts/").removesuffix(".py").replace("_", "-"))
+        elif words[:1] == ["detr-backbone"]:
+            name = words[1]
+        else:
+            continue
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        options.setdefault(name, set()).update(given)
     return options
 
 
-@pytest.mark.parametrize(("name", "options"), scripts().items())
-def test_every_script_has_the_options_that_it_is_given(script: Command, name: str, options: set[str]) -> None:
-    shown = script(ROOT, name, "--help")
+@pytest.mark.parametrize(("name", "options"), options_given().items())
+def test_every_command_has_the_options_that_it_is_given(
+    command: Callable[..., Ended], name: str, options: set[str]
+) -> None:
+    shown = command(ROOT, name, "--help-all")
 
-    assert shown.returncode == 0
-    assert options <= set(re.findall(r"--[a-z0-9_.]+", shown.stdout))
+    assert shown.code == 0
+    keys = {f"--{key}" for key in keys_of(TrainConfig)} if name in ("evaluate", "predict", "inspect") else set()
+    assert options <= set(re.findall(r"--[a-z0-9_.]+", shown.out)) | keys
 
 
 def setup() -> ConfigParser:

@@ -23,6 +23,7 @@ from detr_backbone.nested_tensor import (
 from detr_backbone.networks.build import train_only
 from detr_backbone.networks.dry_run import DryRun
 from detr_backbone.networks.geometry import Geometry, as_map, measure
+from detr_backbone.networks.input_channels import first_convolution, refuse_other_input
 from detr_backbone.networks.stages import Survey
 from detr_backbone.networks.structure import Structure, structure_of
 from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows
@@ -113,6 +114,7 @@ class BackboneBase(nn.Module):
             sizes: valid (h, w) of each image, for a batch [B, C, H, W] that is padded.
         """
         batch = as_nested_tensor(images, sizes)
+        refuse_other_input(batch.tensors, first_convolution(self.body)[1])
         if self.padding == "zeros" or not batch.is_padded:
             return self.forward_whole_batch(batch)
         from detr_backbone.padding.by_size import is_faster_by_size  # it loads torch's compiler

@@ -91,9 +91,12 @@ def build_backbone(config: BackboneConfig) -> Joiner:
     """Return the backbone that `config` describes.
 
     Raises:
+        TypeError: `config` is no BackboneConfig.
         ConfigError: an unknown name, or options that contradict each other.
         WeightsError: the weights cannot be loaded completely.
     """
+    if not isinstance(config, BackboneConfig):
+        raise TypeError(f"`config` must be a BackboneConfig, such as BackboneConfig(name='resnet50'), got {config!r}")
     position_encoding = build_position_encoding(config.position_encoding, config.hidden_dim)
     backbone = Backbone(
         config.name,

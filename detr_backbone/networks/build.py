@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from detr_backbone.errors import ConfigError, unknown_name
+from detr_backbone.errors import ConfigError, refuse_single_name, unknown_name
 from detr_backbone.networks.input_channels import adapt_input
 
 TIMM = "timm/"
@@ -82,6 +82,7 @@ def train_only(network: nn.Module, train_layers: Iterable[str]) -> None:
     Raises:
         ConfigError: a layer does not exist or has no parameters.
     """
+    refuse_single_name("train_layers", train_layers)
     network.requires_grad_(requires_grad=False)
     for path in train_layers:
         parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{path}.")]

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import nn
 
-from detr_backbone.errors import ConfigError
+from detr_backbone.errors import ConfigError, refuse_single_name
 from detr_backbone.networks.dry_run import DryRun
 from detr_backbone.networks.geometry import Layout, layout_of, probe
 
@@ -66,6 +66,7 @@ class Survey:
         Raises:
             ConfigError: layers are named, and all of them asked for too; or there are no default levels.
         """
+        refuse_single_name("return_layers", return_layers)
         if return_layers is None:
             return self._default_levels()[0 if return_interm_layers else -1 :]
         if return_interm_layers:

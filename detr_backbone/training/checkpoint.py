@@ -108,4 +108,6 @@ def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint is of another detector | got {error}") from error
+        first, *others = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        more = f" and {len(others)} more differences" if others else ""
+        raise CheckpointError(f"checkpoint is of another detector | got {first[:200]}{more}") from error

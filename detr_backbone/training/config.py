@@ -16,6 +16,8 @@ from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
 from detr_backbone.evaluation.evaluator import Backend
+from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_of
+from detr_backbone.training.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,25 +141,33 @@ class TrainConfig:
         for key, least in (("eval_every", 1), ("calibration_images", 0), ("seed", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"`{key}` must be at least {least}, got {getattr(self, key)}")
+        if self.detector.backbone.in_channels != 3:
+            raise ConfigError(
+                f"`detector.backbone.in_channels` must be 3 for image files, which are read as RGB, got "
+                f"{self.detector.backbone.in_channels}"
+            )
 
 
 class _YamlFile(ActionConfigFile):
-    """`--config F`, refusing a file that gives one key twice: YAML readers keep the last one in silence."""
+    """`--config F`, a file or a recipe's name; refuses keys that do not exist or that stand twice, with their lines."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if Path(str(values)).is_file():
-            try:
-                refuse_duplicate_keys(Path(str(values)))
-            except ConfigError as error:
-                parser.error(str(error))
+        try:
+            path = find_recipe(str(values))
+            parser.lines |= {key: (path, line) for key, line in lines_of(path, parser.keys).items()}
+            refuse_duplicate_keys(path)
+        except ConfigError as error:
+            parser.error(str(error))
         untyped: Any = super()
-        untyped.__call__(parser, namespace, values, option_string)
+        untyped.__call__(parser, namespace, str(path), option_string)
 
 
-def config_parser(description: str) -> ArgumentParser:
+def config_parser(description: str) -> OneLineParser:
     """A command line that takes `--config F` and every key of TrainConfig as `--key.sub value`; later ones win."""
-    parser = ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", action=_YamlFile, help="YAML file; several are read in order")
+    parser = OneLineParser(description=description, keys=keys_of(TrainConfig) | {"config": str})
+    parser.add_argument(
+        "--config", action=_YamlFile, help="YAML file, or the name of a recipe; several are read in order"
+    )
     parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=True)
     return parser
 
@@ -166,6 +176,20 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for; what is wrong with it ends the program with one message."""
     parser = config_parser("Train a detector on a dataset in COCO format, and evaluate it.")
     return config_of(parser, parser.parse_args(arguments))
+
+
+def override_config(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """Return the configuration with the changes that words of a command line ask for.
+
+    Raises:
+        ConfigError: a key is unknown, or a value does not fit.
+    """
+    if not words:
+        return config
+    parser = config_parser("")
+    parser.exit_on_error = False
+    parser.set_defaults(dict(flat(config_to_dict(config))))
+    return config_of(parser, parser.parse_args(words))
 
 
 def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
