@@ -137,7 +137,7 @@ def main(
                 failed.append(f"{name} seed {seed}: {error} | where: file={_detections(folder, name, seed, '.log')}")
                 continue
             run = job.result()
-            print(f"{name} seed {seed}: AP {run.ap:.3f}, {run.seconds:.0f} s on {run.device}", flush=True)
+            print(f"{name} seed {seed}: AP {100 * run.ap:.1f}, {run.seconds:.0f} s on {run.device}", flush=True)
             _write_table(folder, base, recipe, reference)
     _write_table(folder, base, recipe, reference)
     print((folder / "convergence.md").read_text(encoding="utf-8"))
@@ -203,9 +203,9 @@ def _write_table(folder: Path, base: TrainConfig, recipe: str, reference: str) -
     matches = {key: _matches(run.path(folder), annotations) for key, run in runs.items()}
     lines = [
         f"{recipe}; torch {torch.__version__}; {', '.join(sorted({run.device for run in found}))}.",
-        f"AP on {len(annotations.image_ids)} images: of each run with the 95 % interval over images; of a variant the",
-        f"mean over seeds, its difference to {reference} with the same seeds as mean and 95 % interval over seeds, and",
-        "how many of these pairs differ by more than chance over images (p < 0.05).",
+        f"AP in percent on {len(annotations.image_ids)} images: of each run with the 95 % interval over images; of",
+        f"a variant the mean over seeds, its difference to {reference} with the same seeds as mean and 95 % interval",
+        "over seeds, and how many of these pairs differ by more than chance over images (p < 0.05).",
         "",
         "| variant | runs | mean | difference | pairs that differ | seconds of a run |",
         "|---|---|---|---|---|---|",
@@ -221,8 +221,8 @@ def _write_table(folder: Path, base: TrainConfig, recipe: str, reference: str) -
         told = f"{sum(pair.p < 0.05 for pair in pairs)} of {len(pairs)}" if pairs else "-"
         mean = statistics.mean(run.ap for run in mine.values())
         seconds = statistics.mean(run.seconds for run in mine.values())
-        difference = _over_seeds([pair.b - pair.a for pair in pairs])
-        lines.append(f"| {variant} | {each} | {mean:.3f} | {difference} | {told} | {seconds:.0f} |")
+        difference = _over_seeds([100 * (pair.b - pair.a) for pair in pairs])
+        lines.append(f"| {variant} | {each} | {100 * mean:.1f} | {difference} | {told} | {seconds:.0f} |")
     (folder / "convergence.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -240,9 +240,9 @@ def _over_seeds(values: list[float]) -> str:
         return "-"
     mean = statistics.mean(values)
     if len(values) == 1:
-        return f"{mean:+.3f}"
+        return f"{mean:+.1f}"
     half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 if __name__ == "__main__":
