@@ -281,7 +281,7 @@ def test_every_mistake_is_one_line_without_a_traceback(name: str, folder: Path, 
             told[shlex.join(words)] = f"{ended.code}: {ended.err[-900:]}"
 
     assert told == {}
-    assert count >= 25
+    assert count >= 20
     written = {path.name for path in (folder / f"out_{name}").rglob("*") if path.is_file()}
     assert written <= {"predictions.json", "report.json"}  # which say themselves what is missing
 
