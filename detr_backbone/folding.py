@@ -24,12 +24,15 @@ class FoldedConv2d(nn.Conv2d):
     """A convolution that, within a pass of its backbone, also does the work of the FrozenBatchNorm2d behind it.
 
     Attributes:
-        folding: path of the norm in the backbone, and the backbone's passes.
+        folding: path of the norm in the backbone, and the backbone's passes; None for a convolution that others make
+            of this class, as adapters do.
     """
 
-    folding: tuple[str, PerThread[Pass]]
+    folding: tuple[str, PerThread[Pass]] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
+        if self.folding is None:
+            return super().forward(input)
         norm_path, passes = self.folding
         running = passes.get()
         norm = None if running is None else running.norms.get(norm_path)

@@ -23,6 +23,7 @@ from detr_backbone.training import (
     SplitConfig,
     TrainConfig,
     build_accelerator,
+    check_normalisation,
     config_to_dict,
     detector_of,
     evaluate,
@@ -169,6 +170,7 @@ def _detect(
         raise ConfigError(
             f"the dataset must have the categories of the checkpoint, {loaded.categories}, got {dataset.categories}"
         )
+    check_normalisation(settings)
     accelerator = build_accelerator(settings.mixed_precision)
     postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
     result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)

@@ -15,6 +15,7 @@ from detr_backbone.training.data import open_split
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.engine import train
 from detr_backbone.training.inference import detector_of, evaluate
+from detr_backbone.training.normalisation import check_normalisation
 
 __all__ = [
     "Checkpoint",
@@ -23,6 +24,7 @@ __all__ = [
     "SplitConfig",
     "TrainConfig",
     "build_accelerator",
+    "check_normalisation",
     "config_from_dict",
     "config_parser",
     "config_to_dict",

@@ -21,6 +21,7 @@ from detr_backbone.training.config import TrainConfig, config_to_dict, save_conf
 from detr_backbone.training.data import Loader, open_split, seed_epoch, train_loader
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import evaluate, without_pretrained
+from detr_backbone.training.normalisation import check_normalisation
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient, describe_groups
 from detr_backbone.training.progress import Means, RunLog
 
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> CocoResult:
         NumericsError: a loss or an output is not finite; the message names it and the images.
         CheckpointError: `resume` finds no checkpoint or that of another run; without it, the folder holds one.
     """
+    check_normalisation(config)
     accelerator = build_accelerator(config.mixed_precision)
     try:
         return _train(config, accelerator)

@@ -19,7 +19,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith("backbone."):
+        if name.startswith("backbone.") and not name.startswith("backbone.0.pyramid."):
             groups["backbone"].append(parameter)
         elif any(part in name for part in LINEAR_PROJECTIONS):
             groups["linear_proj"].append(parameter)
