@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from detr_backbone.coco.annotations import CocoAnnotations, load_annotations
-from detr_backbone.training import parse_options, plain_errors
+from detr_backbone.commands.command_line import Command
 
 
 class Boxes(Dataset[float]):
@@ -97,5 +98,5 @@ def write(path: Path, images: int, annotations: int) -> None:
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main(**parse_options(main))
+    EXAMPLE = "python benchmarks/annotations.py --output /tmp/index.json"
+    sys.exit(Command(name="python benchmarks/annotations.py", main=main, example=EXAMPLE).run(sys.argv[1:]))

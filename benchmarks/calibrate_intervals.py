@@ -3,16 +3,17 @@
 The dataset and its detector are simulated; the parts are drawn from it by chance, without replacement.
 """
 
+import sys
 from collections import Counter
 
 import numpy as np
 
+from detr_backbone.commands.command_line import Command
 from detr_backbone.evaluation.average_precision import average_precision
 from detr_backbone.evaluation.intervals import resample_intervals
 from detr_backbone.evaluation.matching import match
 from detr_backbone.evaluation.settings import COCO_SETTINGS
 from detr_backbone.evaluation.simulation import simulate
-from detr_backbone.training import parse_options
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100")
 
@@ -64,4 +65,5 @@ def main(
 
 
 if __name__ == "__main__":
-    main(**parse_options(main))
+    EXAMPLE = "python benchmarks/calibrate_intervals.py"
+    sys.exit(Command(name="python benchmarks/calibrate_intervals.py", main=main, example=EXAMPLE).run(sys.argv[1:]))

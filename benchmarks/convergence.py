@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import torch
 
 from detr_backbone.coco.annotations import CocoAnnotations, load_annotations
 from detr_backbone.coco.shapes import draw_shapes
+from detr_backbone.commands.command_line import Command
 from detr_backbone.detectors import build_postprocess
 from detr_backbone.errors import ConfigError
 from detr_backbone.evaluation.evaluator import CocoEvaluator
@@ -35,8 +37,6 @@ from detr_backbone.training import (
     load_checkpoint,
     open_split,
     parse_config,
-    parse_options,
-    plain_errors,
     train,
 )
 
@@ -125,18 +125,24 @@ def main(
 
     missing = [(name, seed) for seed in range(seeds) for name in names if not _detections(folder, name, seed).exists()]
     print(f"{len(missing)} runs to train, {parallel} beside each other", flush=True)
-    pool = ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    with pool:
-        jobs = [
-            pool.submit(_train, name, seed, recipe, str(folder), ["--config", config, *precision, *length])
+    failed = []
+    with ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = {
+            pool.submit(_train, name, seed, recipe, output, ["--config", config, *precision, *length]): (name, seed)
             for name, seed in missing
-        ]
+        }
         for job in as_completed(jobs):
+            name, seed = jobs[job]
+            if error := job.exception():  # the other runs go on
+                failed.append(f"{name} seed {seed}: {error} | where: file={_detections(folder, name, seed, '.log')}")
+                continue
             run = job.result()
-            print(f"{run.variant} seed {run.seed}: AP {run.ap:.3f}, {run.seconds:.0f} s on {run.device}", flush=True)
+            print(f"{name} seed {seed}: AP {100 * run.ap:.1f}, {run.seconds:.0f} s on {run.device}", flush=True)
             _write_table(folder, base, recipe, reference)
     _write_table(folder, base, recipe, reference)
     print((folder / "convergence.md").read_text(encoding="utf-8"))
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def _length(base: TrainConfig, steps: int | None) -> tuple[str, list[str]]:
@@ -181,8 +187,8 @@ def _train(variant: str, seed: int, recipe: str, output: str, arguments: list[st
     return run
 
 
-def _detections(folder: Path, variant: str, seed: int) -> Path:
-    return folder / f"{variant}-{seed}.json"
+def _detections(folder: Path, variant: str, seed: int, ending: str = ".json") -> Path:
+    return folder / f"{variant}-{seed}{ending}"
 
 
 def _write_table(folder: Path, base: TrainConfig, recipe: str, reference: str) -> None:
@@ -198,9 +204,9 @@ def _write_table(folder: Path, base: TrainConfig, recipe: str, reference: str) -
     matches = {key: _matches(run.path(folder), annotations) for key, run in runs.items()}
     lines = [
         f"{recipe}; torch {torch.__version__}; {', '.join(sorted({run.device for run in found}))}.",
-        f"AP on {len(annotations.image_ids)} images: of each run with the 95 % interval over images; of a variant the",
-        f"mean over seeds, its difference to {reference} with the same seeds as mean and 95 % interval over seeds, and",
-        "how many of these pairs differ by more than chance over images (p < 0.05).",
+        f"AP in percent on {len(annotations.image_ids)} images: of each run with the 95 % interval over images; of",
+        f"a variant the mean over seeds, its difference to {reference} with the same seeds as mean and 95 % interval",
+        "over seeds, and how many of these pairs differ by more than chance over images (p < 0.05).",
         "",
         "| variant | runs | mean | difference | pairs that differ | seconds of a run |",
         "|---|---|---|---|---|---|",
@@ -216,8 +222,8 @@ def _write_table(folder: Path, base: TrainConfig, recipe: str, reference: str) -
         told = f"{sum(pair.p < 0.05 for pair in pairs)} of {len(pairs)}" if pairs else "-"
         mean = statistics.mean(run.ap for run in mine.values())
         seconds = statistics.mean(run.seconds for run in mine.values())
-        difference = _over_seeds([pair.b - pair.a for pair in pairs])
-        lines.append(f"| {variant} | {each} | {mean:.3f} | {difference} | {told} | {seconds:.0f} |")
+        difference = _over_seeds([100 * (pair.b - pair.a) for pair in pairs])
+        lines.append(f"| {variant} | {each} | {100 * mean:.1f} | {difference} | {told} | {seconds:.0f} |")
     (folder / "convergence.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -235,11 +241,11 @@ def _over_seeds(values: list[float]) -> str:
         return "-"
     mean = statistics.mean(values)
     if len(values) == 1:
-        return f"{mean:+.3f}"
+        return f"{mean:+.1f}"
     half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main(**parse_options(main))
+    EXAMPLE = "python benchmarks/convergence.py"
+    sys.exit(Command(name="python benchmarks/convergence.py", main=main, example=EXAMPLE).run(sys.argv[1:]))

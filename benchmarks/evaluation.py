@@ -2,16 +2,17 @@
 
 import contextlib
 import io
+import sys
 import time
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
+from detr_backbone.commands.command_line import Command
 from detr_backbone.evaluation.evaluator import CocoEvaluator
 from detr_backbone.evaluation.intervals import resample_intervals
 from detr_backbone.evaluation.simulation import simulate
-from detr_backbone.training import parse_options
 
 Contender: TypeAlias = Literal["pycocotools", "matching", "faster_coco_eval", "hotcoco"]
 
@@ -112,4 +113,5 @@ def peer_ap(library: str, content: dict[str, Any], results: list[Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(**parse_options(main))
+    EXAMPLE = "python benchmarks/evaluation.py"
+    sys.exit(Command(name="python benchmarks/evaluation.py", main=main, example=EXAMPLE).run(sys.argv[1:]))

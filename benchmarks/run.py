@@ -21,7 +21,7 @@ import torchvision
 from peers import Case
 from workers import Precision, Worker, lacking
 
-from detr_backbone.training import parse_options, plain_errors
+from detr_backbone.commands.command_line import Command
 
 MIXED = ((800, 1088), (640, 1000), (768, 800), (480, 640))
 NETWORKS = ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
@@ -256,5 +256,5 @@ def write(output: str | None, remarks: Sequence[str], table: Sequence[str]) -> N
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main(**parse_options(main))
+    COMMAND = Command(name="python benchmarks/run.py", main=main, example="python benchmarks/run.py")
+    sys.exit(COMMAND.run(sys.argv[1:]))

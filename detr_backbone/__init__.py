@@ -25,6 +25,7 @@ from detr_backbone.position_encoding import (
     PositionEncodingConfig,
     build_position_encoding,
 )
+from detr_backbone.pyramid import PyramidConfig
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "PositionEmbeddingLearned",
     "PositionEmbeddingSine",
     "PositionEncodingConfig",
+    "PyramidConfig",
     "__version__",
     "build_backbone",
     "build_position_encoding",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from detr_backbone.errors import ConfigError, unknown_name
+from detr_backbone.errors import ConfigError, refuse_single_name, unknown_name
 from detr_backbone.forward_pass import Pass, PerThread
 
 
@@ -27,6 +27,7 @@ def checkpoint_layers(body: nn.Module, paths: Sequence[str], passes: PerThread[P
     Raises:
         ConfigError: a layer does not exist.
     """
+    refuse_single_name("checkpointed_layers", paths)
     known = dict(body.named_modules())
     for path in paths:
         if not path or path not in known:

@@ -1,9 +1,12 @@
 """What a batch of images must be, checked before anything is computed from it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+_BRIGHTEST = 16.0  # of images without negative values, well above 1 and well below 255
 
 
 def check_images(tensors: Sequence[Tensor]) -> None:
@@ -33,7 +36,32 @@ def check_images(tensors: Sequence[Tensor]) -> None:
         ):
             if got != expected:
                 error = TypeError if what == "dtype" else ValueError
-                raise error(f"images[{index}] must have the {what} of images[0], {expected}, got {got}")
+                hint = "; this looks like [h, w, C]: permute(2, 0, 1)" if image.shape[2] in (1, 3, 4) else ""
+                raise error(f"images[{index}] must have the {what} of images[0], {expected}, got {got}{hint}")
+
+
+def check_values(images: Sequence[Tensor] | Tensor) -> None:
+    """Refuse NaN, infinity and what looks like 0 .. 255, on the CPU, where looking at all values waits for nothing.
+
+    Normalised images lie within about -3 .. 3, and images of mean 0 without a scale, as of Caffe's models, are negative
+    somewhere. What is never negative and goes beyond 16 has kept the range of 8 bits.
+
+    Raises:
+        ValueError: naming the image.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for index, image in enumerate(images):
+        if image.device.type != "cpu":
+            return
+        low, high = (value.item() for value in image.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"images[{index}] must be finite, got values from {low} to {high}")
+        if low >= 0 and high > _BRIGHTEST:
+            raise ValueError(
+                f"images[{index}] must be normalised, within about -3 to 3, got {low:.3g} to {high:.3g}: divide by "
+                "255, subtract the mean and divide by the standard deviation that the weights were trained with"
+            )
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]], expected: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -60,3 +60,13 @@ def unknown_name(name: str, known: Iterable[str], *, also: Iterable[str] = ()) -
     nearest = difflib.get_close_matches(name, [*known, *also], n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"got {name!r}, expected one of {', '.join(known)}{hint}"
+
+
+def refuse_single_name(option: str, names: object) -> None:
+    """Refuse one name where several are expected; a text would be taken apart into letters.
+
+    Raises:
+        ConfigError: `names` is a text.
+    """
+    if isinstance(names, str):
+        raise ConfigError(f"`{option}` must be a list of names, such as [{names!r}], got {names!r}")

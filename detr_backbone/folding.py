@@ -24,12 +24,15 @@ class FoldedConv2d(nn.Conv2d):
     """A convolution that, within a pass of its backbone, also does the work of the FrozenBatchNorm2d behind it.
 
     Attributes:
-        folding: path of the norm in the backbone, and the backbone's passes.
+        folding: path of the norm in the backbone, and the backbone's passes; None for a convolution that others make
+            of this class, as adapters do.
     """
 
-    folding: tuple[str, PerThread[Pass]]
+    folding: tuple[str, PerThread[Pass]] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
+        if self.folding is None:
+            return super().forward(input)
         norm_path, passes = self.folding
         running = passes.get()
         norm = None if running is None else running.norms.get(norm_path)
@@ -125,5 +128,5 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that a convolution computes in."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)  # there is none on the meta device
     return torch.get_autocast_dtype(device) if autocast else weight.dtype

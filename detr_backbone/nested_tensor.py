@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from detr_backbone.batch_checks import check_images, check_sizes, sizes_from_mask
+from detr_backbone.batch_checks import check_images, check_sizes, check_values, sizes_from_mask
 
 Size: TypeAlias = tuple[int, int]
 
@@ -163,7 +163,8 @@ def nested_tensor_from_tensor_list(tensors: Sequence[Tensor] | Tensor) -> Nested
 
     Args:
         tensors: images [C, h, w], all of one floating dtype, device and channel count; or a batch [B, C, H, W], which
-            is taken as not padded.
+            is taken as not padded. They are normalised as the network's weights expect: for torchvision's, RGB in
+            0 .. 1 minus mean (0.485, 0.456, 0.406), divided by std (0.229, 0.224, 0.225).
 
     Raises:
         TypeError: an entry is not a floating tensor of the first entry's dtype; the message names its index.
@@ -198,7 +199,8 @@ def as_nested_tensor(images: Images, sizes: Sequence[Size] | None = None) -> Nes
             somebody else; left out, the whole batch is valid.
 
     Raises:
-        TypeError, ValueError: as `nested_tensor_from_tensor_list`; or `sizes` are given with anything but a batch.
+        TypeError, ValueError: as `nested_tensor_from_tensor_list`; or `sizes` are given with anything but a batch; or
+            images that are no NestedTensor yet and lie on the CPU are not finite, or in 0 .. 255.
     """
     if isinstance(images, NestedTensor) and sizes is None:
         return images
@@ -208,12 +210,15 @@ def as_nested_tensor(images: Images, sizes: Sequence[Size] | None = None) -> Nes
                 f"`sizes` must be left out for anything but a batch [B, C, H, W], got {type(images).__name__}"
             )
         whole = nested_tensor_from_tensor_list(images)
+        check_values(images)
         mask = torch.ones_like(whole.mask)
         for valid, (h, w) in zip(mask, check_sizes(sizes, whole.mask.shape), strict=True):
             valid[:h, :w] = False
         return NestedTensor(images, mask, sizes=sizes)
     if isinstance(images, Tensor | Sequence) or not hasattr(images, "tensors"):
-        return nested_tensor_from_tensor_list(cast(Sequence[Tensor], images))
+        batch = nested_tensor_from_tensor_list(cast(Sequence[Tensor], images))
+        check_values(cast(Sequence[Tensor], images))
+        return batch
     return NestedTensor(images.tensors, images.mask)
 
 

@@ -1,7 +1,8 @@
-"""Train a detector: python scripts/train.py --config configs/shapes.yaml [--optimizer.epochs 5]."""
+"""`detr-backbone train`, from a checkout."""
 
-from detr_backbone.training import parse_config, plain_errors, train
+import sys
+
+from detr_backbone.commands.__main__ import main
 
 if __name__ == "__main__":
-    with plain_errors():
-        train(parse_config())
+    sys.exit(main(["train", *sys.argv[1:]]))

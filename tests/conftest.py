@@ -4,13 +4,15 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.processes import ROOT, Command
+from detr_backbone.commands.__main__ import main
+from tests.processes import ROOT, Command, Ended
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +30,10 @@ def _forget_devices() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def process() -> Command:
-    """Run Python in a new process: `process(folder, *words)`."""
+    """Run Python in a new process: `process(folder, *words, **environment)`."""
 
-    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    def run(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
         return subprocess.run(
             [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
@@ -62,3 +64,57 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
 
     return run
+
+
+TINY = {
+    "detector": {
+        "name": "deformable_detr",
+        "backbone": {"name": "resnet18", "return_layers": ["layer4"], "hidden_dim": 32},
+        "num_queries": 5,
+        "nheads": 4,
+        "enc_layers": 1,
+        "dec_layers": 1,
+        "dim_feedforward": 32,
+    },
+    "data": {
+        "train": {"images": "shapes/train", "annotations": "shapes/annotations/instances_train.json"},
+        "val": {"images": "shapes/val", "annotations": "shapes/annotations/instances_val.json"},
+        "transforms": {"scales": [64], "max_size": 64, "crop": False, "eval_size": 64},
+        "batch_size": 2,
+        "num_workers": 0,
+    },
+    "optimizer": {"epochs": 1},
+    "output_dir": "run",
+    "calibration_images": 2,
+}
+"""A configuration that trains in a second."""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run `detr-backbone` in this process: `command(folder, "predict", "--images", "a")`."""
+
+    def run(folder: Path, *words: str) -> Ended:
+        monkeypatch.chdir(folder)
+        capfd.readouterr()
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with drawn shapes in `shapes`, the recipe tiny.yaml, and a run in `run` with its checkpoint.pt."""
+    from detr_backbone.coco.shapes import draw_shapes
+
+    folder = tmp_path_factory.mktemp("tiny")
+    draw_shapes(folder / "shapes", train=4, val=3, image_size=64)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "--config", "tiny.yaml"]) == 0
+    return folder

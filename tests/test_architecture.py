@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from detr_backbone.commands.__main__ import COMMANDS
 from tests.processes import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
@@ -22,6 +23,10 @@ MAY_IMPORT = {
     "visualize": {"component"},
     "report": {"component", "coco", "evaluation"},
     "training": {"component", "detectors", "coco", "evaluation", "visualize"},
+    "prediction": {"component", "detectors", "coco", "training"},
+    "commands": {
+        *("component", "detectors", "coco", "evaluation", "visualize", "report", "training", "prediction"),
+    },
 }
 # what the component may import: torch, torchvision and the standard library; inside of the one function that needs it,
 # safetensors to read such a file, and timm to build a network of that name
@@ -115,11 +120,12 @@ def test_pickle_never_crosses_ranks_and_no_loader_falls_back() -> None:
         assert "weights_only=False" not in text
 
 
-def test_a_script_starts_without_what_only_its_work_needs(process: Command, tmp_path: Path) -> None:
+def test_a_command_starts_without_what_only_its_work_needs(process: Command, tmp_path: Path) -> None:
     """`--help` and most errors come before it; torchvision alone, which loads torch's compiler, doubles their time."""
-    scripts = [str(path) for path in (ROOT / "scripts").glob("*.py")]
-    read = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]; print(*sys.modules)"
-    loaded = process(tmp_path, "-c", read, *scripts).stdout.split()
+    names = [name.replace("-", "_") for name in COMMANDS]
+    read = f"import importlib, sys; [importlib.import_module('detr_backbone.commands.' + name).COMMAND.help() \
+        for name in {names}]; print(*sys.modules)"
+    loaded = process(tmp_path, "-c", read).stdout.split()
 
-    assert "detr_backbone.training.engine" in loaded
+    assert "detr_backbone.commands.train" in loaded
     assert {"torchvision", "torch._dynamo", "scipy", "accelerate", "rich", "matplotlib"} & set(loaded) == set()

@@ -37,7 +37,7 @@ def test_a_small_number_is_a_number(written, number: str) -> None:
 
 
 BAD = [
-    ("optimizer: {lr: abc}", ["optimizer.lr", "abc", "float"]),
+    ("optimizer: {lr: abc}", ["optimizer.lr", "abc", "a number", "line=1"]),
     ("optimizer: {learning_rate: 1}", ["learning_rate"]),
     ("lr_backbon: 1", ["lr_backbon"]),
     ("detector: {name: yolo}", ["detector.name", "yolo", "deformable_detr"]),

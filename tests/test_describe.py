@@ -63,6 +63,38 @@ def test_a_layer_that_is_never_called_is_a_row_without_output() -> None:
     assert (row.call, row.shape, row.mean, row.milliseconds, row.parameters) == (0, None, None, None, 20)
 
 
+def test_a_layer_whose_weights_are_read_by_another_is_used_though_not_called() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query_embed = nn.Embedding(3, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.parts = nn.Sequential(nn.Linear(8, 8))
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            queries = self.query_embed.weight[None] + x
+            return self.parts[0](self.attention(queries, queries, queries)[0])
+
+    layers = ["query_embed", "attention.out_proj", "parts", "unused"]
+    description = describe(Attends(), torch.zeros(1, 3, 8), layers=layers, passes=1)
+
+    assert {row.path: (row.call, row.used) for row in description.rows} == {
+        "query_embed": (0, True),
+        "attention.out_proj": (0, True),
+        "parts": (0, True),
+        "unused": (0, False),
+    }
+
+
+def test_a_layer_under_two_paths_has_a_row_for_each() -> None:
+    model = Tiny()
+    model.alias = model.cut
+    rows = describe(model, torch.zeros(1, 1, 4, 4), layers=["cut", "alias"], passes=1).rows
+
+    assert [(row.path, row.call) for row in rows] == [("alias", 1), ("cut", 1)]
+
+
 def test_every_call_of_a_layer_has_its_row() -> None:
     class Twice(Tiny):
         def forward(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ GRAPHS = [  # tracing takes seconds for each: those that share their code with o
     ("two stages", "without mask"),
     pytest.param("deformable", "without mask", marks=pytest.mark.sweep),
     pytest.param("two stages", "with mask", marks=pytest.mark.sweep),
+    pytest.param("mixed", "with mask", marks=pytest.mark.sweep),
 ]
 
 

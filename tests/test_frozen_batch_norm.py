@@ -181,4 +181,6 @@ def test_calibration_with_a_single_cell_is_refused() -> None:
 
 def test_calibration_with_nan_names_the_layer() -> None:
     with pytest.raises(NumericsError, match="statistics of 'bn1'"):
-        calibrate_frozen_batch_norm(Backbone("resnet18"), [torch.full((2, 3, 64, 64), torch.nan)])
+        calibrate_frozen_batch_norm(
+            Backbone("resnet18"), [nested_tensor_from_tensor_list(torch.full((2, 3, 64, 64), torch.nan))]
+        )

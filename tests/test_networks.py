@@ -1,7 +1,7 @@
 """Networks by name: what every family of torchvision and timm gives as a backbone.
 
 One network of each family runs by default, others and larger ones with `pytest -m sweep`. Their table stands in
-docs/networks.md; `python -m tests.test_networks` prints it.
+benchmarks/networks.md; `python -m tests.test_networks` prints it.
 """
 
 import copy
@@ -20,7 +20,7 @@ from detr_backbone import Backbone, FrozenBatchNorm2d
 from detr_backbone.errors import ConfigError
 from detr_backbone.networks.build import build_network
 
-PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
+PAGE = Path(__file__).parents[1] / "benchmarks" / "networks.md"
 # one network of every family of torchvision, and of more of timm's than most use, small ones
 FAMILIES = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),

@@ -65,7 +65,7 @@ def test_other_settings_of_one_process_end_all(config: TrainConfig, tmp_path: Pa
 
 def fail_one(rank: int, how: str, started: str) -> StepHook:
     """Let rank 1 stand still, be killed, or raise an error in the second step; note when."""
-    ranks.SILENCE = 3.0
+    ranks.SILENCE = 10.0
 
     def hook(step: int) -> None:
         if rank == 1 and step == 2:
@@ -88,4 +88,4 @@ def test_a_process_that_is_gone_ends_the_others_soon(config: TrainConfig, tmp_pa
         assert "the message of rank 1" in errors
         assert "error: a process of the run is gone" not in errors
     if how == "SIGSTOP":
-        assert "rank 1 gave no sign of life for 3 seconds" in errors
+        assert "rank 1 gave no sign of life for 10 seconds" in errors

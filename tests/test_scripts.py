@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
+from detr_backbone.commands.__main__ import COMMANDS
 from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
@@ -120,18 +120,6 @@ def test_two_detectors_are_compared(script: Command, folder: Path) -> None:
     assert ["AP", "0.0", "100.0", "+100.0", "-"] in [line.split() for line in result.stdout.splitlines()]
     comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     assert comparison["resamples"] == 20
-
-
-def test_predictions_are_written_as_json_and_pictures(script: Command, trained: Path, folder: Path) -> None:
-    options = ("--images", "shapes/val", "--limit", "2", "--threshold", "0.0", "--output", "found")
-    result = script(folder, "predict.py", "--checkpoint", str(trained), *options)
-
-    assert result.returncode == 0, result.stderr
-    predictions = json.loads((folder / "found" / "predictions.json").read_text(encoding="utf-8"))
-    assert {entry["file_name"] for entry in predictions} == {"000001.png", "000002.png"}
-    assert {entry["category"] for entry in predictions} <= set(CLASSES)
-    with Image.open(folder / "found" / "000001.png.png") as picture:
-        assert picture.size == (448, 448)  # 64 pixels, enlarged to be legible
 
 
 def test_a_subset_is_written_and_evaluated(script: Command, trained: Path, folder: Path) -> None:
@@ -256,24 +244,25 @@ def test_an_ignore_flag_is_handled_as_the_policy_of_an_evaluation_says(script: C
     assert "warning" not in crowd
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("make_subset.py", "--annotations", "x", "--output", "y"), "needs an option that says which images"),
-        (("evaluate.py",), "give one of --checkpoint, --config and --detections"),
-        (("evaluate.py", "--detections", "found.json"), "--detections need the --annotations"),
-        (("evaluate.py", "--detections", "tiny.yaml", "--annotations", "tiny.yaml"), "file is not JSON"),
-        (("evaluate.py", "--config", "tiny.yaml", "--images", "shapes/val"), "--images and --annotations together"),
-        (("compare.py", "--annotations", "tiny.yaml", "--a", "x", "--b", "y"), "file is not JSON"),
-        (("train.py", "--config", "missing.yaml"), "missing.yaml"),
-        (("inspect_backbone.py", "--config", "tiny.yaml", "--layers", "layer4"), "there is 'backbone.0.body.layer4'"),
-    ],
-)
-def test_a_command_that_cannot_run_says_why(
-    script: Command, folder: Path, words: tuple[str, ...], message: str
-) -> None:
-    result = script(folder, *words)
+def test_data_of_a_run_is_found_from_any_folder(script: Command, tiny_run: Path) -> None:
+    (tiny_run / "elsewhere").mkdir()
+    options = ("--checkpoint", str(tiny_run / "run" / "checkpoint.pt"), "--data.batch_size", "1", "--intervals", "0")
+    result = script(tiny_run / "elsewhere", "evaluate.py", *options)
 
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "images 3 of 3" in result.stdout
+
+
+SCRIPTS_OF = {"inspect_backbone": "inspect"}
+"""Scripts that have another name than their command."""
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_script_is_its_command(script: Command, tmp_path: Path, name: str) -> None:
+    command = SCRIPTS_OF.get(name, name.replace("_", "-"))
+    shown = script(tmp_path, f"{name}.py", "--help")
+
+    assert command in COMMANDS
+    assert shown.returncode == 0
+    assert shown.stdout.startswith(f"usage: detr-backbone {command} ")
+    assert len((SCRIPTS / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 8

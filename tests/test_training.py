@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
 from torch._dynamo.utils import counters
 
 from detr_backbone.coco.findings import DataPolicies
@@ -25,8 +24,6 @@ from detr_backbone.training import (
     evaluate,
     load_checkpoint,
     open_split,
-    picture_files,
-    predict,
     train,
 )
 from detr_backbone.training.checkpoint import load_model, refuse_another_run
@@ -196,19 +193,6 @@ def test_a_checkpoint_gives_the_detector_back(run: Path) -> None:
     assert all(torch.equal(tensor, checkpoint.model[name]) for name, tensor in model.state_dict().items())
 
 
-def test_predictions_are_boxes_in_pixels_of_the_picture(run: Path, shapes: Path) -> None:
-    checkpoint = load_checkpoint(run / CHECKPOINT)
-    model, config = detector_of(checkpoint)
-    postprocess = build_postprocess(config.detector, category_ids=checkpoint.category_ids)
-    pictures = [Image.new("RGB", (300, 200)), Image.open(picture_files(shapes / "val")[0]).convert("RGB")]
-
-    first, second = predict(model, postprocess, pictures, config.data.transforms)
-
-    assert first["boxes"][:, 2:].max() > 64  # the picture's own pixels, not those of the resized one
-    assert set(second["labels"].tolist()) <= set(checkpoint.category_ids)
-    assert first["scores"].shape == first["labels"].shape == first["boxes"].shape[:1]
-
-
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.pt").write_bytes(b"PK torn")
     with pytest.raises(CheckpointError, match=r"cannot be read \| where: file=.*torn\.pt"):
@@ -225,11 +209,6 @@ def test_a_checkpoint_of_another_detector_is_refused(run: Path, shapes: Path, tm
     detector = replace(tiny(shapes, tmp_path).detector, num_classes=1)
     with pytest.raises(CheckpointError, match="another detector"):
         load_model(load_checkpoint(run / CHECKPOINT), build_detector(detector))
-
-
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a picture or a folder of pictures"):
-        picture_files(tmp_path)
 
 
 def small_model(shapes: Path) -> torch.nn.Module:

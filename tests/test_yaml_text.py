@@ -15,7 +15,7 @@ FILES = [
     (LAUGHS, ["file=", "line=1", "anchors", "got a0"]),
     ("seed: 1\noptimizer:\n  <<: {lr: 1}\n  lr: &rate 1", ["line=4", "got rate"]),
     ("optimizer: {lr: null}", ["`optimizer.lr`", "null"]),
-    ("detector:\n  backbone:", ["`detector.backbone`", "null"]),
+    ("detector:\n  backbone:", ["line=2", "detector.backbone"]),
     ("seed: 010", ["file=", "line=1", "got 010"]),
     ("\noptimizer: {epochs: 1:30}", ["line=2", "got 1:30"]),
     (f"seed: {'9' * 5000}", ["line=1", "5000 digits"]),

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from detr_backbone.backbone.base import TRAINED_STAGES, BackboneBase
 from detr_backbone.errors import ConfigError
 from detr_backbone.networks.build import build_network
+from detr_backbone.networks.layer_paths import expand_paths
 from detr_backbone.networks.norms import Norm, set_norm
+from detr_backbone.networks.pretraining import Channels, pretraining_of
 from detr_backbone.networks.stages import Survey
 from detr_backbone.networks.weights import WeightsReport, load_weights
 from detr_backbone.padding.exact import Padding
+from detr_backbone.pyramid import PyramidConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +30,12 @@ class Backbone(BackboneBase):
         return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
         return_layers: see BackboneBase; None for the last layer, or all that `return_interm_layers` says.
         train_layers: see BackboneBase; None for all but the stem and the first stage.
-        padding, channels_last, checkpointed_layers: see BackboneBase.
+        padding, channels_last, checkpointed_layers, pyramid: see BackboneBase.
 
     Attributes:
         weights: the report of what was loaded; None if nothing was.
+        mean, std: of each channel of the images that the network's published weights were trained with, as
+            `pretraining_of` gives them; None where that is not known, or `in_channels` is not 3.
 
     >>> backbone = Backbone("resnet18", return_interm_layers=True)
     >>> backbone.strides, backbone.channels
@@ -38,6 +43,8 @@ class Backbone(BackboneBase):
     """
 
     weights: WeightsReport | None
+    mean: Channels | None
+    std: Channels | None
 
     def __init__(
         self,
@@ -53,6 +60,7 @@ class Backbone(BackboneBase):
         padding: Padding = "exact",
         channels_last: bool = True,
         checkpointed_layers: Sequence[str] = (),
+        pyramid: PyramidConfig | None = None,
     ) -> None:
         from torchvision.models.resnet import ResNet
 
@@ -61,6 +69,8 @@ class Backbone(BackboneBase):
         return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)
         if train_layers is None and isinstance(network, ResNet):
             train_layers = TRAINED_STAGES
+        elif train_layers is not None:
+            train_layers = expand_paths(network, train_layers, option="train_layers")
         trained = survey.after_first_stage(return_layers) if train_layers is None else train_layers
         if norm == "group" and weights is not None:
             raise ConfigError(
@@ -76,8 +86,11 @@ class Backbone(BackboneBase):
             padding=padding,
             channels_last=channels_last,
             checkpointed_layers=checkpointed_layers,
+            pyramid=pyramid,
             survey=survey,
         )
+        pretraining = pretraining_of(name, weights) if in_channels == 3 else None
+        self.mean, self.std = (None, None) if pretraining is None else (pretraining.mean, pretraining.std)
         self.weights = None
         if weights is not None:
             self.weights = load_weights(self.body, weights, name=name)

@@ -23,10 +23,13 @@ from detr_backbone.nested_tensor import (
 from detr_backbone.networks.build import train_only
 from detr_backbone.networks.dry_run import DryRun
 from detr_backbone.networks.geometry import Geometry, as_map, measure
+from detr_backbone.networks.input_channels import first_convolution, refuse_other_input
+from detr_backbone.networks.layer_paths import expand_paths
 from detr_backbone.networks.stages import Survey
 from detr_backbone.networks.structure import Structure, structure_of
 from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows
 from detr_backbone.padding.plan import Batching, choose_plan
+from detr_backbone.pyramid import PyramidConfig, SimpleFeaturePyramid
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,16 +43,19 @@ class BackboneBase(nn.Module):
     Args:
         backbone: the network, with FrozenBatchNorm2d where it normalises.
         return_interm_layers: return the last layer of every resolution of stride 4 and more, not only of the last.
-        return_layers: the general form: any layers by path, in any order; contradicts `return_interm_layers`.
+        return_layers: the general form: any layers by path, in any order; contradicts `return_interm_layers`. In all
+            paths `[8-11]` stands for these numbers and `*` for any one name.
         train_layers: paths of the layers whose parameters train; all others are frozen. Empty freezes all.
         padding: "exact" makes an image's features independent of who shares its batch; "zeros" reproduces the original
             code (facebookresearch/detr), where padding leaks into the image.
         channels_last: compute in torch.channels_last, which convolutions are faster with; parameters stay contiguous.
         checkpointed_layers: paths of layers whose inner activations are computed again in the backward pass.
+        pyramid: levels of several strides, made from layers of one stride; it always trains, and starts random.
         survey: a survey of the network as its library built it, if there is one already; it is surveyed once.
 
     Attributes:
         body: the IntermediateLayerGetter; frozen BatchNorms are folded (see `folding`); state-dict keys are `body.*`.
+        pyramid: what makes levels of other strides, if anything does; state-dict keys are `pyramid.*`.
         strides, channels: one entry per level, measured, finest level first.
         num_channels: channels of the coarsest level.
         input_strides: pixels per cell of what each inner layer takes, by path.
@@ -75,6 +81,7 @@ class BackboneBase(nn.Module):
         padding: Padding = "exact",
         channels_last: bool = True,
         checkpointed_layers: Sequence[str] = (),
+        pyramid: PyramidConfig | None = None,
         survey: Survey | None = None,
     ) -> None:
         super().__init__()
@@ -87,8 +94,10 @@ class BackboneBase(nn.Module):
         self.batching: Batching = "padded" if padding == "zeros" else "masked"
         self._zeroes_padding = padding == "exact"
         self._is_folded_for_inference = False
+        self.pyramid: SimpleFeaturePyramid | None = None
         survey = survey or Survey(backbone)
         return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)
+        checkpointed_layers = expand_paths(backbone, checkpointed_layers, option="checkpointed_layers")
         # The layers come first: what no level needs is dropped, and is neither measured nor tried.
         paths = self._choose_layers(backbone, return_layers, train_layers)
         # Geometry says where there are levels and windows, so it stands before whatever depends on a stride.
@@ -100,6 +109,8 @@ class BackboneBase(nn.Module):
         # Checkpointing changes no result, so it needs no test; it wraps the layers as they are at last.
         checkpoint_layers(self.body, checkpointed_layers, self._passes)
         self._structure = structure_of(self.body, self._passes)
+        # The pyramid takes the levels of the body as they are by now, and gives the backbone others.
+        self._make_pyramid(pyramid)
 
     def forward(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
         """Return levels [B, C, h, w] with their masks under "0", "1", …, finest first; h = ceil(H / stride).
@@ -113,6 +124,7 @@ class BackboneBase(nn.Module):
             sizes: valid (h, w) of each image, for a batch [B, C, H, W] that is padded.
         """
         batch = as_nested_tensor(images, sizes)
+        refuse_other_input(batch.tensors, first_convolution(self.body)[1])
         if self.padding == "zeros" or not batch.is_padded:
             return self.forward_whole_batch(batch)
         from detr_backbone.padding.by_size import is_faster_by_size  # it loads torch's compiler
@@ -158,7 +170,7 @@ class BackboneBase(nn.Module):
                 ((h, w),) = valid_sizes([size_of(given.tensors)], layout.stride)
                 cells = cells[:, :, :h, :w]
             levels[name] = feature_level(cells, given, stride=layout.stride, padding=self.padding)
-        return levels
+        return levels if self.pyramid is None else self.pyramid(levels, given)
 
     def pad(self, images: Images) -> NestedTensor:
         """Return the batch that runs through the network: with sides that `size_divisor` divides."""
@@ -190,6 +202,7 @@ class BackboneBase(nn.Module):
         """Make the getter of the layers, and let those train that shall; return the layers, first to last."""
         if len(set(return_layers)) < len(return_layers):
             raise ConfigError(f"`return_layers` must name each layer once, got {list(return_layers)}")
+        train_layers = expand_paths(backbone, train_layers, option="train_layers")
         train_only(backbone, train_layers)
         depth = {path: index for index, (path, _) in enumerate(backbone.named_modules())}
         ordered = sorted(return_layers, key=lambda path: depth.get(path, len(depth)))
@@ -222,6 +235,14 @@ class BackboneBase(nn.Module):
         plan = choose_plan(self, backbone, self.body, geometry, self.padding)
         self.batching, self.leak, self.size_divisor = plan.batching, plan.leak, plan.size_divisor
         self._zeroes_padding = plan.zeroes_padding
+
+    def _make_pyramid(self, config: PyramidConfig | None) -> None:
+        if config is not None:
+            self.pyramid = SimpleFeaturePyramid(
+                config, strides=self.strides, channels=self.channels, padding=self.padding
+            )
+            self.strides, self.channels = self.pyramid.strides, self.pyramid.channels
+            self.num_channels = self.channels[-1]
 
     def _pass_over(self, batch: NestedTensor, *, folds: bool) -> Pass:
         """Return what the layers need to know; a network that was changed since runs as it is, without folding."""

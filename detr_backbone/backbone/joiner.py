@@ -16,12 +16,14 @@ from detr_backbone.nested_tensor import (
 from detr_backbone.networks.norms import Norm
 from detr_backbone.padding.exact import Padding
 from detr_backbone.position_encoding import PositionEncodingConfig, build_position_encoding
+from detr_backbone.pyramid import PyramidConfig
 
 
 class Joiner(nn.Sequential):
     """A backbone and a position encoding, joined: levels and their positions, as a transformer takes them.
 
-    `joiner[0]` is the backbone, `joiner[1]` the position encoding; keys are published checkpoints' (`0.body.*`).
+    `joiner[0]` is the backbone, `joiner[1]` the position encoding; keys are published checkpoints' (`0.body.*`),
+    and `0.pyramid.*` for a pyramid.
 
     Attributes:
         strides, channels: one entry per level, finest first.
@@ -59,7 +61,8 @@ class BackboneConfig:
         weights: null (random), a torchvision weights name such as IMAGENET1K_V1, or the path of a local file; a network
             of timm takes files only.
         in_channels: channels of the images; pretrained weights of 3 are summed for 1, repeated and scaled for more.
-        return_layers: the layers that become levels, by path; null for the last stage ([layer4] of a ResNet).
+        return_layers: the layers that become levels, by path; null for the last stage ([layer4] of a ResNet, the final
+            norm of a ViT). In every path, [8-11] stands for these numbers and * for any one name: "blocks.[8-11]".
         train_layers: the layers that train; [] freezes the whole backbone; null for all but the stem and the first
             stage ([layer2, layer3, layer4] of a ResNet).
         norm: what stands where the network has BatchNorm. frozen: its statistics and affine parameters, for ever.
@@ -69,6 +72,7 @@ class BackboneConfig:
         padding: exact, or zeros as in the original code, where an image's features depend on its batch.
         channels_last: the memory format of convolutions, faster on most devices than the other.
         checkpointed_layers: layers whose inner activations are computed again in the backward pass, to save memory.
+        pyramid: levels of several strides from a network that has one, such as a ViT; null for the network's own.
         position_encoding: how positions are encoded.
         hidden_dim: channels of the position encodings, and of the detector that reads them.
     """
@@ -83,6 +87,7 @@ class BackboneConfig:
     padding: Padding = "exact"
     channels_last: bool = True
     checkpointed_layers: tuple[str, ...] = ()
+    pyramid: PyramidConfig | None = None
     position_encoding: PositionEncodingConfig = field(default_factory=PositionEncodingConfig)
     hidden_dim: int = 256
 
@@ -91,9 +96,12 @@ def build_backbone(config: BackboneConfig) -> Joiner:
     """Return the backbone that `config` describes.
 
     Raises:
+        TypeError: `config` is no BackboneConfig.
         ConfigError: an unknown name, or options that contradict each other.
         WeightsError: the weights cannot be loaded completely.
     """
+    if not isinstance(config, BackboneConfig):
+        raise TypeError(f"`config` must be a BackboneConfig, such as BackboneConfig(name='resnet50'), got {config!r}")
     position_encoding = build_position_encoding(config.position_encoding, config.hidden_dim)
     backbone = Backbone(
         config.name,
@@ -106,5 +114,6 @@ def build_backbone(config: BackboneConfig) -> Joiner:
         padding=config.padding,
         channels_last=config.channels_last,
         checkpointed_layers=config.checkpointed_layers,
+        pyramid=config.pyramid,
     )
     return Joiner(backbone, position_encoding)

@@ -234,18 +234,20 @@ def _examine_duplicate_boxes(
     belongs_to: IntArray, boxes: FloatArray, known: BoolArray, ids: IntArray, where: Where
 ) -> list[Findings]:
     """Return the boxes [N, 4] that equal an earlier one of the same image and category, `belongs_to` [2, N]."""
-    values = np.concatenate([belongs_to, np.ascontiguousarray(boxes).view(np.int64).T])
+    # Multiplicative hashing: Knuth, The Art of Computer Programming 3, 6.4. Equal digests are compared in full.
+    columns = [*belongs_to, *np.ascontiguousarray(boxes).view(np.int64).T]
     digest = np.zeros(len(boxes), np.int64)
     with np.errstate(over="ignore"):
-        for column in values:
+        for column in columns:
             digest = (digest ^ column) * np.int64(-7046029254386353131)
             digest ^= digest >> 29
     rows = np.flatnonzero(known)
-    _, first = repeated(digest[rows])
-    earlier = np.arange(len(boxes))
-    earlier[rows] = rows[first]
-    again = (earlier < np.arange(len(boxes))) & (values == values[:, earlier]).all(axis=0)
-    return findings_of("duplicate_box", again, lambda i: (where(i), f"the box of ann_id={ids[earlier[i]]}"))
+    same_digest, first = repeated(digest[rows])
+    candidates, earlier = rows[same_digest], rows[first[same_digest]]
+    again = np.zeros(len(boxes), np.bool_)
+    again[candidates] = np.all([column[candidates] == column[earlier] for column in columns], axis=0)
+    earlier_of = dict(zip(candidates.tolist(), earlier.tolist(), strict=True))
+    return findings_of("duplicate_box", again, lambda i: (where(i), f"the box of ann_id={ids[earlier_of[i]]}"))
 
 
 def _examine_geometry(

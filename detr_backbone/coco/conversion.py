@@ -1,8 +1,8 @@
 """Datasets in YOLO, Pascal VOC and CVAT layout converted to one COCO file.
 
-hotcoco reads the three formats. What it would read in another sense, or not at all, is arranged for it before: YOLO
-polygons become boxes, images without a label file are listed without boxes, sizes are those of the upright image; and
-rotated boxes and tracks of CVAT are refused.
+hotcoco reads the three formats. Around it, polygons of YOLO become boxes, images without a label file are listed
+without boxes, sizes are those of the upright image; rotated boxes and tracks of CVAT are refused, for it ignores the
+rotation.
 
 Source: https://docs.ultralytics.com/datasets/detect (YOLO), http://host.robots.ox.ac.uk/pascal/VOC/voc2012 (VOC, whose
 pixels count from 1), https://docs.cvat.ai/docs/manual/advanced/xml_format (CVAT for images 1.1).

@@ -112,6 +112,7 @@ KINDS: Mapping[str, Kind] = {
     "picture_rotated": Kind(
         what="image is stored rotated", fix="check its boxes, or store it upright", severity="warning"
     ),
+    "picture_animated": Kind(what="of several frames the first one is read", severity="note"),
     "picture_16_bit": Kind(what="16-bit grey is scaled by 1/257", severity="note"),
     "picture_alpha": Kind(
         what="transparency is dropped", fix="store the image on the background that it should have", severity="warning"

@@ -1,10 +1,12 @@
 """Image files read as RGB, in the same way for training, evaluation and prediction."""
 
 import warnings
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from detr_backbone.coco.findings import Finding
 from detr_backbone.nested_tensor import Size
@@ -12,7 +14,7 @@ from detr_backbone.nested_tensor import Size
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded: a quarter of a GiB as RGB. Pillow warns above the same number."""
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
-"""Formats that are decoded; among Pillow's other formats is one that runs an external program."""
+"""Formats that are always decoded; among Pillow's other formats is one that runs an external program."""
 MIN_SIDE = 16
 """An image with a shorter side, in pixels, is reported: half a cell of the coarsest level of a backbone."""
 MAX_ASPECT = 10
@@ -52,7 +54,7 @@ def examine_image(
     findings: list[Finding] = []
     limit = f"at most {MAX_PIXELS}"
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as stored:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=readable_formats()) as stored:
             if stored.width * stored.height > MAX_PIXELS:
                 got = f"{stored.width} x {stored.height} pixels"
                 return None, [Finding("picture_too_large", where, got, limit)]
@@ -65,8 +67,35 @@ def examine_image(
             return _to_rgb(image), findings
     except Image.DecompressionBombError as error:
         return None, [Finding("picture_too_large", where, str(error), limit)]
+    except UnidentifiedImageError:
+        return None, [*findings, Finding("picture_unreadable", where, _unidentified(Path(path)))]
     except Exception as error:  # on damaged bytes, decoders raise almost anything
         return None, [*findings, Finding("picture_unreadable", where, f"{type(error).__name__}: {error}")]
+
+
+@lru_cache(maxsize=1)
+def readable_formats() -> tuple[str, ...]:
+    """Return the formats that are decoded here: `FORMATS`, AVIF and HEIF where there is a decoder.
+
+    Pillow reads AVIF from version 11.3 on; `pip install pillow-heif` adds HEIF, the format of iPhones.
+    """
+    more = ["AVIF"] if features.check("avif") else []
+    if find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        more.append("HEIF")
+    return (*FORMATS, *more)
+
+
+def _unidentified(path: Path) -> str:
+    """Return why no decoder takes a file, and what would."""
+    ending = path.suffix.lower()
+    if ending in (".heic", ".heif") and "HEIF" not in readable_formats():
+        return "HEIF, which needs pip install pillow-heif"
+    if ending == ".avif" and "AVIF" not in readable_formats():
+        return "AVIF, which needs Pillow 11.3 or later"
+    return f"no picture in one of the formats {', '.join(readable_formats())}"
 
 
 def _orient(stored: Image.Image, size: Size | None, where: str) -> tuple[Image.Image | None, list[Finding]]:
@@ -84,6 +113,9 @@ def _orient(stored: Image.Image, size: Size | None, where: str) -> tuple[Image.I
 def _examine_mode_and_shape(stored: Image.Image, where: str) -> list[Finding]:
     """Return the findings about the mode and the shape of a file."""
     findings = []
+    frames = getattr(stored, "n_frames", 1)
+    if frames > 1:
+        findings.append(Finding("picture_animated", where, f"{frames} frames"))
     if stored.mode.startswith("I"):
         findings.append(Finding("picture_16_bit", where, stored.mode))
     elif stored.has_transparency_data:

@@ -1,1 +1,1 @@
-"""Judging detections: COCO's numbers, how sure they are, and what lies behind them."""
+"""Evaluation of detections: COCO's numbers, their confidence intervals, and an analysis of the mistakes."""

@@ -20,7 +20,7 @@ ALL_AREAS = (0.0, 1e5**2)
 
 
 class Stat(NamedTuple):
-    """One number of a result: an average precision or an average recall, and over what it is taken."""
+    """One number of a result: an average precision or an average recall of some objects and detections."""
 
     name: str
     is_recall: bool

@@ -5,7 +5,7 @@ The network runs as it is, with hooks that are gone afterwards: once to read the
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
@@ -18,6 +18,7 @@ from detr_backbone.backbone import BackboneBase, Joiner
 from detr_backbone.errors import ConfigError, unknown_name
 from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.inspection.table import Description, LayerDescription
+from detr_backbone.inspection.tensor_use import TensorUse
 from detr_backbone.layer_getter.strategies import OpenedModule
 from detr_backbone.nested_tensor import NestedTensor, Size, as_nested_tensor
 
@@ -64,7 +65,7 @@ def describe(
     timed: list[_Recorder] = []
     whole: list[float] = []
     with evaluating(model), _whole_batches(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with first.watching(modules):
+        with first.watching(modules), TensorUse(model) as use:
             model(batch)
         for _ in range(passes):
             start = _now(device)
@@ -80,7 +81,11 @@ def describe(
         about = {"path": path, "call": call, "milliseconds": milliseconds, **_about(modules[path])}
         rows += [LayerDescription(**about, **output) for output in outputs]
     called = {row.path for row in rows}
-    rows += [LayerDescription(path=path, **_about(module)) for path, module in modules.items() if path not in called]
+    rows += [
+        LayerDescription(path=path, used=use.of((*module.parameters(), *module.buffers())), **_about(module))
+        for path, module in modules.items()
+        if path not in called
+    ]
     return Description(
         rows=tuple(rows),
         input_shape=tuple(values.shape),
@@ -100,7 +105,7 @@ class _Recorder:
         self._images = images
         self._reads_values = reads_values
         self._calls: Counter[str] = Counter()
-        self._running: list[tuple[_Call, float]] = []
+        self._starts: defaultdict[str, list[tuple[_Call, float]]] = defaultdict(list)  # a module may have two paths
 
     def watching(self, modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """Return a context in which calls of these modules are recorded."""
@@ -111,13 +116,11 @@ class _Recorder:
         self._calls[path] += 1
         call = path, self._calls[path]
         self.outputs[call] = []
-        self._running.append((call, _now(self._images.device)))
+        self._starts[path].append((call, _now(self._images.device)))
 
     def _leave(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
         now = _now(self._images.device)
-        call, start = self._running.pop()
-        while call[0] != path:  # calls that were left by an exception
-            call, start = self._running.pop()
+        call, start = self._starts[path].pop()
         self.seconds[call] = now - start
         if self._reads_values:
             self.outputs[call] = [

@@ -16,6 +16,7 @@ class LayerDescription:
         type: class of the layer.
         call: 1 for the first call of the layer in a pass, and so on; 0 if it gave nothing: the forward never called it,
             or left it before it returned, as an IntermediateLayerGetter leaves a network.
+        used: whether the pass called the layer, or took a parameter or buffer of it or of what is inside it.
         output: where the tensor stands in what the layer gave, such as `['0'].tensors`; "" if it is all of that.
         shape: of the tensor; None if there is none.
         dtype: of the tensor.
@@ -36,6 +37,7 @@ class LayerDescription:
     path: str
     type: str
     call: int = 0
+    used: bool = True
     output: str = ""
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
@@ -155,7 +157,7 @@ def _cells(row: LayerDescription, *, same_call: bool) -> list[str]:
     trains = {0: "frozen", row.parameters: "yes"}.get(row.trainable, "partly")
     return [
         *(["", ""] if same_call else [_label(row), row.type]),
-        row.output if row.call else "no output",
+        row.output if row.call else "used, not called" if row.used else "not called",
         "" if row.shape is None else str(list(row.shape)),
         "" if row.stride is None else str(row.stride),
         row.dtype or "",

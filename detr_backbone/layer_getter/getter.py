@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from detr_backbone.errors import unknown_name
+from detr_backbone.errors import refuse_single_name, unknown_name
 from detr_backbone.layer_getter.strategies import Strategy, choose
 
 _MEMBERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
@@ -92,6 +92,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
 
 
 def _checked(return_layers: Mapping[str, str] | Sequence[str], model: nn.Module) -> dict[str, str]:
+    refuse_single_name("return_layers", return_layers)
     pairs = return_layers.items() if isinstance(return_layers, Mapping) else [(path, path) for path in return_layers]
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     if not pairs:

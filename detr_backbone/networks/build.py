@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from detr_backbone.errors import ConfigError, unknown_name
+from detr_backbone.errors import ConfigError, refuse_single_name, unknown_name
 from detr_backbone.networks.input_channels import adapt_input
 
 TIMM = "timm/"
@@ -22,7 +22,8 @@ def build_network(name: str, *, dilation: bool = False, in_channels: int = 3) ->
 
     Args:
         name: of a model of torchvision, such as "resnet50", or of timm, such as "timm/tf_efficientnet_lite0", which is
-            built for images of any size where it can be, and without its classifier.
+            built for images of any size where it can be, and without its classifier. The tag of its weights may follow
+            (timm/vit_base_patch16_224.dino): it tells the mean and std of their images.
         dilation: keep the resolution of layer3 in layer4 (DC5); only torchvision's ResNets of Bottleneck blocks can.
         in_channels: C of the images; the first convolution is adapted as `adapt_input_weight` says.
 
@@ -59,6 +60,11 @@ def _timm_network(name: str) -> nn.Module:
         raise ConfigError(f"timm/{name} needs timm: pip install 'detr_backbone[timm]'") from error
     if not timm.is_model(name):
         raise ConfigError(f"`name` must be timm/ and a model of timm: {_unknown_model(name, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        raise ConfigError(f"`name` must be timm/ and a model of timm: {unknown_name(name, known)}") from error
     refused: TypeError | None = None
     create: Callable[..., nn.Module] = timm.create_model
     for options in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):  # the first two for transformers
@@ -79,9 +85,14 @@ def _unknown_model(name: str, known: Sequence[str]) -> str:
 def train_only(network: nn.Module, train_layers: Iterable[str]) -> None:
     """Let the parameters of these layers train, by path, and freeze all others.
 
+    Args:
+        network: all of it that trains are these layers afterwards.
+        train_layers: paths, as `expand_paths` gives them.
+
     Raises:
         ConfigError: a layer does not exist or has no parameters.
     """
+    refuse_single_name("train_layers", train_layers)
     network.requires_grad_(requires_grad=False)
     for path in train_layers:
         parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{path}.")]

@@ -18,6 +18,29 @@ def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
     raise ConfigError("the network must begin with a convolution, got none")
 
 
+def refuse_other_input(images: Tensor, first: nn.Conv2d) -> None:
+    """Refuse a batch that a network cannot take, before its first convolution says so in its own words.
+
+    Args:
+        images: [B, C, H, W].
+        first: the convolution that takes the images.
+
+    Raises:
+        ValueError: the number of channels is another one.
+        TypeError: the dtype is another one, outside autocast.
+    """
+    if images.shape[1] != first.in_channels:
+        hint = "; this looks like [h, w, C]: permute(2, 0, 1)" if images.shape[3] == first.in_channels else ""
+        raise ValueError(
+            f"images must have {first.in_channels} channels for this network, got {list(images.shape)}{hint}"
+        )
+    if images.dtype != first.weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(
+            f"images must have the dtype of the network, {first.weight.dtype}, got {images.dtype}: "
+            f"images.to({first.weight.dtype})"
+        )
+
+
 def adapt_input(network: nn.Module, in_channels: int) -> None:
     """Give a network of 3 input channels another number of them, its first weights as `adapt_input_weight` says.
 

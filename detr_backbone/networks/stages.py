@@ -6,9 +6,10 @@ from functools import cached_property
 
 from torch import nn
 
-from detr_backbone.errors import ConfigError
+from detr_backbone.errors import ConfigError, refuse_single_name
 from detr_backbone.networks.dry_run import DryRun
 from detr_backbone.networks.geometry import Layout, layout_of, probe
+from detr_backbone.networks.layer_paths import expand_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,9 @@ class Survey:
     def stages(self) -> list[Stage]:
         """The last layer before each change of resolution, finest first: what can be a level of features.
 
-        timm declares for most of its networks where the stages end. In others the layers are taken in the order of
-        their calls, each as a whole unless it more than halves the resolution.
+        timm declares for most of its networks where the stages end; a ViT's end is the norm after its last block. In
+        others the layers are taken in the order of their calls, each as a whole unless it more than halves the
+        resolution.
 
         Raises:
             ConfigError: the network does not take an image of 256 x 320 pixels.
@@ -55,22 +57,25 @@ class Survey:
         for path in sorted(declared, key=lambda path: calls[path].end):
             layout = _layout(self.dry_run, self.dry_run.reached(path).output_shape)
             if layout is not None:
-                last[layout.stride] = Stage(path=path, stride=layout.stride, channels=layout.channels)
+                end = self._final_norm(path, layout) or path
+                last[layout.stride] = Stage(path=end, stride=layout.stride, channels=layout.channels)
         return sorted(last.values(), key=lambda stage: stage.stride)
 
     def levels(self, return_layers: Sequence[str] | None, *, return_interm_layers: bool) -> Sequence[str]:
-        """Return the layers that are named; otherwise all default levels, or the last of them.
+        """Return the layers that are named, as `expand_paths` does; otherwise all default levels, or the last of them.
 
         Default levels are the last layers of every resolution of stride 4 and more: a ResNet's four stages.
 
         Raises:
-            ConfigError: layers are named, and all of them asked for too; or there are no default levels.
+            ConfigError: layers are named, and all of them asked for too; there are no default levels; or a pattern fits
+                none.
         """
+        refuse_single_name("return_layers", return_layers)
         if return_layers is None:
             return self._default_levels()[0 if return_interm_layers else -1 :]
         if return_interm_layers:
             raise ConfigError(f"give `return_interm_layers` or `return_layers`, got both: {list(return_layers)}")
-        return return_layers
+        return expand_paths(self._network, return_layers, option="return_layers")
 
     def after_first_stage(self, return_layers: Sequence[str]) -> list[str]:
         """Return the layers after the stem and the first stage, which DETR leaves as pretrained, up to the last level.
@@ -91,6 +96,15 @@ class Survey:
         end = max((calls[path].end for path in return_layers if path in calls), default=0)
         after = [path for path, call in calls.items() if start < call.start < end]
         return [path for path in after if path.rpartition(".")[0] not in after]
+
+    def _final_norm(self, path: str, layout: Layout) -> str | None:
+        """Return the layer of the network itself that takes a transformer's tokens next and gives them back."""
+        end = self.dry_run.calls[path].end
+        after, call = next(((p, call) for p, call in self.dry_run.calls.items() if call.start > end), (path, None))
+        if call is None or layout.axes != "NLC" or _layout(self.dry_run, call.output_shape) != layout:
+            return None
+        module = self._network.get_submodule(after)
+        return None if "." in after or isinstance(module, nn.Identity) else after
 
     def _default_levels(self) -> list[str]:
         from torchvision.models.resnet import ResNet

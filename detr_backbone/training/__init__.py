@@ -1,7 +1,6 @@
 """Training and using a detector: the one place where the data side and the model side meet."""
 
 from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from detr_backbone.training.command import parse_options, plain_errors
 from detr_backbone.training.config import (
     TrainConfig,
     config_from_dict,
@@ -12,7 +11,8 @@ from detr_backbone.training.config import (
 from detr_backbone.training.data import DataConfig, SplitConfig, open_split
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.engine import train
-from detr_backbone.training.inference import detector_of, evaluate, model_input, picture_files, predict
+from detr_backbone.training.inference import detector_of, evaluate
+from detr_backbone.training.normalisation import check_normalisation
 from detr_backbone.training.optimizer import OptimizerConfig
 from detr_backbone.training.signals import Stopped
 
@@ -24,19 +24,15 @@ __all__ = [
     "Stopped",
     "TrainConfig",
     "build_accelerator",
+    "check_normalisation",
     "config_from_dict",
     "config_parser",
     "config_to_dict",
     "detector_of",
     "evaluate",
     "load_checkpoint",
-    "model_input",
     "open_split",
     "parse_config",
-    "parse_options",
-    "picture_files",
-    "plain_errors",
-    "predict",
     "save_checkpoint",
     "train",
 ]

@@ -201,4 +201,6 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint is of another detector | got {error}") from error
+        first, *others = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        more = f" and {len(others)} more differences" if others else ""
+        raise CheckpointError(f"checkpoint is of another detector | got {first[:200]}{more}") from error

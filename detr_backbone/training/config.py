@@ -13,8 +13,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
+from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_of
 from detr_backbone.training.data import DataConfig
 from detr_backbone.training.optimizer import OptimizerConfig
+from detr_backbone.training.recipes import find_recipe
 from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misread_arguments, refuse_surprises
 
 YAML = "yaml_text"  # the name under which jsonargparse knows `load_yaml`
@@ -85,27 +87,35 @@ class TrainConfig:
             raise ConfigError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}")
         if self.seed > MAX_SEED:
             raise ConfigError(f"`seed` must be at most {MAX_SEED}, got {self.seed}")
+        if self.detector.backbone.in_channels != 3:
+            raise ConfigError(
+                f"`detector.backbone.in_channels` must be 3 for image files, which are read as RGB, got "
+                f"{self.detector.backbone.in_channels}"
+            )
 
 
 class _YamlFile(ActionConfigFile):
-    """`--config F`, refusing a file that gives one key twice: YAML readers keep the last one in silence."""
+    """`--config F`, a file or the name of a recipe; refuses what misleads, unknown keys, and keys that stand twice."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if Path(str(values)).is_file():
-            try:
-                refuse_surprises(read_text(Path(str(values))), source=str(values))
-                refuse_duplicate_keys(Path(str(values)))
-            except ConfigError as error:
-                parser.error(str(error))
+        try:
+            path = find_recipe(str(values))
+            refuse_surprises(read_text(path), source=str(path))
+            parser.lines |= {key: (path, line) for key, line in lines_of(path, parser.keys).items()}
+            refuse_duplicate_keys(path)
+        except ConfigError as error:
+            parser.error(str(error))
         untyped: Any = super()
-        untyped.__call__(parser, namespace, values, option_string)
+        untyped.__call__(parser, namespace, str(path), option_string)
 
 
-def config_parser(description: str) -> ArgumentParser:
+def config_parser(description: str) -> OneLineParser:
     """A command line that takes `--config F` and every key of TrainConfig as `--key.sub value`; later ones win."""
     set_loader(YAML, load_yaml, exceptions=(yaml.YAMLError, ConfigError))
-    parser = ArgumentParser(description=description, allow_abbrev=False, parser_mode=YAML)
-    parser.add_argument("--config", action=_YamlFile, help="YAML file; several are read in order")
+    parser = OneLineParser(description=description, keys=keys_of(TrainConfig) | {"config": str}, parser_mode=YAML)
+    parser.add_argument(
+        "--config", action=_YamlFile, help="YAML file, or the name of a recipe; several are read in order"
+    )
     parser.add_class_arguments(TrainConfig, nested_key=None, fail_untyped=True)
     return parser
 
@@ -119,6 +129,21 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     except ConfigError as error:
         parser.error(str(error))
     return config_of(parser, parser.parse_args(arguments))
+
+
+def override_config(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """Return the configuration with the changes that words of a command line ask for.
+
+    Raises:
+        ConfigError: a key is unknown, or a value does not fit.
+    """
+    if not words:
+        return config
+    refuse_misread_arguments(words)
+    parser = config_parser("")
+    parser.exit_on_error = False
+    parser.set_defaults(dict(flat(config_to_dict(config))))
+    return config_of(parser, parser.parse_args(words))
 
 
 def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:

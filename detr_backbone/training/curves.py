@@ -10,13 +10,14 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw the rows of `metrics.csv` into a PNG file of 1200 x 400 pixels.
 
     Args:
-        rows: one per epoch, with the names of the columns; what was not evaluated lacks its numbers.
+        rows: one per epoch, at least one, with the names of the columns; what was not evaluated lacks its numbers.
         path: the file.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    shown = [(title, names) for title, names in PANELS if any(name in row for row in rows for name in names)]
+    for axes, (title, names) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for name in names:
             drawn = [row for row in rows if name in row]
             factor = 100 if name.startswith("AP") else 1

@@ -10,6 +10,7 @@ from detr_backbone.training.curves import draw_curves
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.dry_run import describe_run
 from detr_backbone.training.finite import replay
+from detr_backbone.training.normalisation import check_normalisation
 from detr_backbone.training.overfit import overfit_config, overfit_verdict
 from detr_backbone.training.progress import Means, write_rows
 from detr_backbone.training.ranks import Ranks
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> CocoResult | None:
     if config.replay is not None:
         print(replay(config.replay))
         return None
+    check_normalisation(config)
     require_trackers(config.trackers)
     if config.overfit:
         config = overfit_config(config)
@@ -88,7 +90,7 @@ def run_to_the_end(run: Run) -> CocoResult | None:
         if run.result is None and run.val_set is not None:  # resumed after the last epoch
             with signals.at_once():
                 run.evaluate(run.val_set)
-    if is_main:
+    if is_main and run.rows:
         draw_curves(run.rows, folder.path / "curves.png")
     if run.result is not None:
         run.log.say(str(run.result))

@@ -1,23 +1,19 @@
-"""Detections of a trained detector: over a dataset for COCO's numbers, or over any pictures."""
+"""A trained detector, and its detections over a dataset for COCO's numbers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from detr_backbone.coco.dataset import CocoDetection, Target
-from detr_backbone.coco.transforms import TransformConfig, make_transforms
 from detr_backbone.detectors import DetectorConfig, PostProcess, build_detector
 from detr_backbone.errors import NumericsError
 from detr_backbone.evaluation.evaluator import CocoEvaluator
 from detr_backbone.evaluation.result import CocoResult
-from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
 from detr_backbone.training.checkpoint import Checkpoint, load_model
-from detr_backbone.training.config import TrainConfig, config_from_dict
+from detr_backbone.training.config import TrainConfig, config_from_dict, override_config
 from detr_backbone.training.data import DataConfig, Loader, eval_loader
 
 if TYPE_CHECKING:
@@ -27,13 +23,18 @@ Detections = dict[str, Tensor]
 """`scores` [M], `labels` [M] as the dataset's category ids, `boxes` [M, 4] xyxy in pixels of the original image."""
 
 
-def detector_of(checkpoint: Checkpoint) -> tuple[nn.Module, TrainConfig]:
-    """The trained detector of a checkpoint in eval mode, and the configuration it was trained with.
+def detector_of(checkpoint: Checkpoint, *, overrides: Sequence[str] = ()) -> tuple[nn.Module, TrainConfig]:
+    """Return the trained detector of a checkpoint in eval mode, and the configuration it was trained with.
+
+    Args:
+        checkpoint: of a run.
+        overrides: words of a command line that change the configuration, such as ["--data.batch_size", "8"].
 
     Raises:
         CheckpointError: the weights are not those of the configuration.
+        ConfigError: an override is no key, or does not fit it.
     """
-    config = config_from_dict(checkpoint.config)
+    config = override_config(config_from_dict(checkpoint.config), overrides)
     model = build_detector(without_pretrained(config.detector))
     load_model(checkpoint, model)
     return model.eval(), config
@@ -74,29 +75,6 @@ def without_pretrained(config: DetectorConfig) -> DetectorConfig:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, postprocess: PostProcess, pictures: Iterable[Image.Image], config: TransformConfig
-) -> Iterator[Detections]:
-    """Detections of each picture, one picture at a time, on the detector's device."""
-    device = next(model.parameters()).device
-    for picture in pictures:
-        outputs = model(nested_tensor_from_tensor_list([model_input(picture, config)]).to(device))
-        (found,) = postprocess(outputs, torch.tensor([(picture.height, picture.width)], device=device))
-        yield {name: tensor.cpu() for name, tensor in found.items()}
-
-
-def model_input(picture: Image.Image, config: TransformConfig) -> Tensor:
-    """A picture as a detector takes it in evaluation, float32 [3, h, w]: resized and normalised."""
-    from torchvision import tv_tensors
-
-    size = (picture.height, picture.width)
-    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
-    target = Target(boxes=boxes, labels=torch.zeros(0), image_id=0, orig_size=size, size=size)
-    image, _ = make_transforms(config, train=False)(tv_tensors.Image(picture), target)
-    return image
-
-
-@torch.inference_mode()
 def _detections(
     model: nn.Module, postprocess: PostProcess, loader: Loader, accelerator: "Accelerator"
 ) -> Iterator[tuple[Target, Detections]]:
@@ -120,19 +98,3 @@ def _gather(rows: Tensor, accelerator: "Accelerator") -> Tensor:
     counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     gathered = accelerator.gather(accelerator.pad_across_processes(rows, dim=0)).cpu()
     return torch.cat([part[:count] for part, count in zip(gathered.chunk(len(counts)), counts, strict=True)])
-
-
-def picture_files(path: Path | str) -> list[Path]:
-    """The pictures of a folder in the order of their names, or the one file itself.
-
-    Raises:
-        FileNotFoundError: there is no such file, or no picture in the folder.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    endings = Image.registered_extensions()
-    files = sorted(file for file in path.glob("*") if file.suffix.lower() in endings)
-    if not files:
-        raise FileNotFoundError(f"no picture at {path}, expected a picture or a folder of pictures")
-    return files

@@ -138,7 +138,7 @@ def describe_groups(optimizer: AdamW) -> str:
 
 
 def _part_of(name: str) -> str:
-    if name.startswith("backbone."):
+    if name.startswith("backbone.") and not name.startswith("backbone.0.pyramid."):
         return "backbone"
     return "linear_proj" if any(part in name for part in LINEAR_PROJECTIONS) else "detector"
 

@@ -23,7 +23,7 @@ from detr_backbone.errors import DistributedError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SILENCE = 15.0  # seconds without a sign of life after which a process counts as gone
+SILENCE = 20.0  # seconds without a sign of life after which a process counts as gone
 _BEAT, _PATIENCE = 1.0, timedelta(seconds=10)
 _FAILED = "failed"
 _LOST = (

@@ -1,26 +1,30 @@
-"""What a backbone gives: feature maps, and the masks and positions of its levels."""
+"""Pictures of what a backbone gives: feature maps, and the masks and positions of its levels."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
 from detr_backbone.nested_tensor import NestedTensor
-from detr_backbone.visualize.panels import VALUES, Array, Panels, robust_range
+from detr_backbone.visualize.panels import NOT_FINITE, VALUES, Array, Panels, robust_range
 
 _PADDING = 0.85  # grey, light
 _POSITIONS = VALUES.with_extremes(bad=str(_PADDING))
 
 
 def draw_feature_maps(
-    features: Tensor, *, title: str, picture: Image.Image | None = None, count: int = 15, columns: int = 4
+    features: Tensor, *, title: str, picture: Image.Image | None = None, count: int = 13, columns: int = 4
 ) -> Image.Image:
-    """The most active channels of a feature map, each from its own 1st to its 99th percentile.
+    """Draw a feature map: its norm, its principal components, and its most active channels.
 
-    Active is what varies most over the cells, by standard deviation; a channel with NaN or infinity comes before all,
-    and such cells are magenta.
+    The norm of each cell over the channels shows where something is; cells that are alike have like colours in the
+    first three principal components, shown as red, green and blue. Active is what varies most over the cells, by
+    standard deviation. Every panel spans its own 1st to its 99th percentile. A channel with NaN or infinity comes
+    before all, and such cells are magenta.
 
     Args:
         features: [C, h, w] of one image.
@@ -34,12 +38,18 @@ def draw_feature_maps(
     missing = np.isnan(values).sum(axis=(1, 2))
     flat = values.reshape(len(values), -1)
     activity = np.array([np.std(row[np.isfinite(row)]) if np.isfinite(row).any() else 0.0 for row in flat])
-    chosen = np.lexsort((-activity, missing == 0))[:count]
-    ranges = [robust_range(values[channel]) for channel in chosen]
-    captions = [
-        f"channel {channel}: {low:.2g} … {high:.2g}" for channel, (low, high) in zip(chosen, ranges, strict=True)
-    ]
-    about = f"the {len(chosen)} of {len(values)} channels that vary most (standard deviation), 1st … 99th percentile"
+    chosen = np.lexsort((-activity, missing == 0))[:count].tolist()
+    norm = np.sqrt((values**2).sum(axis=0))
+    components, explained = principal_components(values)
+    maps = [norm, *(values[channel] for channel in chosen)]
+    ranges = [robust_range(one) for one in maps]
+    names = ["norm", *(f"channel {channel}" for channel in chosen)]
+    captions = [f"{name}: {low:.2g} … {high:.2g}" for name, (low, high) in zip(names, ranges, strict=True)]
+    captions.insert(1, f"PCA: {explained:.0%} of the variance")
+    about = (
+        f"norm over the channels, the first three principal components as red, green, blue,\n"
+        f"and the {len(chosen)} of {len(values)} channels that vary most (standard deviation), 1st … 99th percentile"
+    )
     if missing.any():
         about += f"\nNOT FINITE: {missing.sum()} cells of {np.count_nonzero(missing)} channels, in magenta"
     if picture is not None:
@@ -48,15 +58,47 @@ def draw_feature_maps(
     axes = iter(panels.axes)
     if picture is not None:
         next(axes).imshow(np.asarray(picture), aspect="auto")
-    for channel, (low, high), panel in zip(chosen, ranges, axes, strict=True):
-        panel.imshow(values[channel], cmap=VALUES, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+    for index, (one, (low, high)) in enumerate(zip(maps, ranges, strict=True)):
+        next(axes).imshow(one, cmap=VALUES, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+        if index == 0:
+            next(axes).imshow(components, interpolation="nearest", aspect="auto")
     return panels.picture()
+
+
+def principal_components(values: Array) -> tuple[Array, float]:
+    """Return the first three principal components of the cells as colours [h, w, 3], and their part of the variance.
+
+    Each component spans 0 .. 1 from its 1st to its 99th percentile; its largest loading is positive. Cells that are not
+    finite are magenta.
+
+    Args:
+        values: [C, h, w].
+    """
+    cells = values.reshape(len(values), -1).T
+    finite = np.isfinite(cells).all(axis=1)
+    colors = np.full((len(cells), 3), to_rgb(NOT_FINITE))
+    centred = cells[finite] - cells[finite].mean(axis=0) if finite.any() else cells[finite]
+    total = float((centred**2).sum())
+    if total > 0:
+        with torch.random.fork_rng(devices=[]):  # the algorithm draws its start
+            torch.manual_seed(0)
+            _, _, loadings = torch.pca_lowrank(torch.from_numpy(centred), q=min(6, *centred.shape), center=False)
+        directions = loadings[:, :3].numpy()
+        directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(directions.shape[1])])
+        scores = centred @ directions
+        bounds = [robust_range(column) for column in scores.T]
+        scaled = np.column_stack([(c - low) / (high - low) for c, (low, high) in zip(scores.T, bounds, strict=True)])
+        colors[finite] = 0.5
+        colors[finite, : scaled.shape[1]] = scaled.clip(0, 1)
+        return colors.reshape(*values.shape[1:], 3), float((scores**2).sum() / total)
+    colors[finite] = 0.5
+    return colors.reshape(*values.shape[1:], 3), 1.0
 
 
 def draw_levels(
     images: NestedTensor, levels: Sequence[NestedTensor], positions: Sequence[Tensor], *, strides: Sequence[int]
 ) -> Image.Image:
-    """What a backbone says of every cell of a padded batch: whether it is padding, and where it stands.
+    """Draw the masks and the position encodings of a padded batch.
 
     A row for each image and level: the image in its batch with the cells that count as its own, dashed; the mask; the
     channel of the position encoding that varies most along rows, and the one along columns; and how similar every

@@ -1,0 +1,1 @@
+"""The commands of a user, `detr-backbone COMMAND`: one module for each, named after it."""
