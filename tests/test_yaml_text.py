@@ -69,12 +69,11 @@ def test_an_argument_that_misleads_is_one_error(
     assert message.count("error: ") == 1
 
 
-def test_a_file_that_another_file_names_is_read_as_carefully(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_file_that_an_option_names_is_read_as_carefully(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("inner.yaml").write_text("lr: &a [*a]", encoding="utf-8")
-    Path("outer.yaml").write_text("optimizer: inner.yaml", encoding="utf-8")
     with pytest.raises(SystemExit):
-        parse_config(["--config", "outer.yaml"])
+        parse_config(["--optimizer", "inner.yaml"])
 
     assert "anchors" in capsys.readouterr().err
 
