@@ -26,6 +26,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.set_title(title)
         axes.set_ylim(bottom=0)
+        axes.set_xlim(0.5, rows[-1]["epoch"] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
