@@ -18,14 +18,16 @@ COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection"}
 MAY_IMPORT = {
     "component": set(),
     "detectors": {"component"},
+    "export": {"component"},
     "coco": {"component"},
     "evaluation": {"component", "coco"},
     "visualize": {"component"},
     "report": {"component", "coco", "evaluation"},
-    "training": {"component", "detectors", "coco", "evaluation", "visualize"},
-    "prediction": {"component", "detectors", "coco", "training"},
+    "training": {"component", "export", "detectors", "coco", "evaluation", "visualize"},
+    "prediction": {"component", "export", "detectors", "coco", "training"},
     "commands": {
-        *("component", "detectors", "coco", "evaluation", "visualize", "report", "training", "prediction"),
+        *("component", "export", "detectors", "coco", "evaluation", "visualize", "report", "training"),
+        "prediction",
     },
 }
 # what the component may import: torch, torchvision and the standard library; inside of the one function that needs it,

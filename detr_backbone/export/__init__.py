@@ -3,7 +3,7 @@
 from detr_backbone.export.engines import ENGINES, EngineName, EnginePrecision
 from detr_backbone.export.loading import ExportedBackbone, ExportedDetector, load_exported
 from detr_backbone.export.metadata import ExportMetadata
-
+from detr_backbone.export.quantization import quantize
 from detr_backbone.export.writing import ExportReport, export
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "ExportedDetector",
     "export",
     "load_exported",
+    "quantize",
 ]

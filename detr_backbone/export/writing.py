@@ -43,7 +43,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         """Return the report as lines of text."""
-        size = sum(file.stat().st_size for file in _files(self.path)) / 2**20
+        size = sum(file.stat().st_size for file in files_of(self.path)) / 2**20
         lines = [f"{self.path}: {self.metadata.kind}, {size:.1f} MiB, difference from the model"]
         return "\n".join([*lines, *(f"  {value:.1e}  {name}" for name, value in self.differences.items())])
 
@@ -113,7 +113,7 @@ def export(
         categories=dict(categories or {}),
         config=config,
         opset=opset_version if path.suffix != ".pt2" else None,
-        versions=_versions(),
+        versions=library_versions(),
         weights_sha256=hash_of_weights(model),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def export(
                 f"{differences[worst]:.1e} expected at most {tolerance:.1e} | fix: use another format, or the model in "
                 "PyTorch"
             )
-        for file in _files(written):
+        for file in files_of(written):
             os.replace(file, path.parent / file.name)
     return ExportReport(path, metadata, differences)
 
@@ -184,12 +184,12 @@ def _check(path: Path, reference: nn.Module, *, unit: int, in_channels: int) -> 
     return differences
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """Return the files that make up an exported file, the one that is loaded last."""
     return [path.with_suffix(".bin"), path] if path.suffix == ".xml" else [path]
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     versions = {}
     for name in ("detr_backbone", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf"):
         with contextlib.suppress(PackageNotFoundError):
