@@ -57,7 +57,8 @@ def open_engine(
         raise ExportError(f"`engine` {unknown_name(engine, get_args(EngineName))}")
     if engine not in engines:
         raise ExportError(
-            f"engine does not run this format | where: file={path} | got engine={engine} expected {' or '.join(engines)}"
+            f"engine does not run this format | where: file={path} key=engine | got {engine} expected "
+            f"{' or '.join(engines)}"
         )
     if threads is not None and threads < 1:
         raise ExportError(f"`threads` must be at least 1, got {threads}")

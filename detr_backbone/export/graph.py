@@ -26,7 +26,6 @@ class Graph(nn.Module):
 
     Attributes:
         model: the copy in eval mode; of a Joiner, its backbone.
-        backbone: the BackboneBase in it.
         kind: what the graph gives.
         outputs: names of its outputs: `level0`, … or those of a detector.
 
@@ -40,10 +39,14 @@ class Graph(nn.Module):
         _check_masks(self.kind, backbone, masks=masks)
         copied = fold_for_inference(inference_copy(model))
         self.model: Any = copied[0] if isinstance(copied, Joiner) else copied
-        self.backbone = _kind_of(copied)[1]
         self.masks = masks
         levels = tuple(f"level{index}" for index in range(len(backbone.strides)))
         self.outputs = DETECTIONS if self.kind == "detector" else levels
+
+    @property
+    def backbone(self) -> BackboneBase:
+        """The BackboneBase in the copy."""
+        return _kind_of(self.model)[1]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return levels [B, C, h, w], or `pred_logits` and `pred_boxes`, of `images` [B, C, H, W]."""
@@ -109,7 +112,8 @@ def _kind_of(model: nn.Module) -> tuple[Kind, BackboneBase]:
     if isinstance(joiner, Joiner) and isinstance(joiner[0], BackboneBase):
         return kind, joiner[0]
     raise ExportError(
-        f"`model` must be a BackboneBase, a Joiner or a detector with a Joiner as `backbone`, got {type(model).__name__}"
+        "`model` must be a BackboneBase, a Joiner or a detector with a Joiner as `backbone`, got "
+        f"{type(model).__name__}"
     )
 
 

@@ -93,7 +93,8 @@ def metadata_from_json(text: str, *, source: str) -> ExportMetadata:
         )
     try:
         content["categories"] = {int(key): name for key, name in content["categories"].items()}
-        return ExportMetadata(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+        values: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        return ExportMetadata(**values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ExportError(
             f"metadata cannot be read | where: file={source} key={KEY} | got {error} | fix: export the model again"

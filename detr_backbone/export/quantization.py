@@ -1,6 +1,5 @@
 """Weights and activations in int8, calibrated on images, for OpenVINO."""
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -77,5 +76,5 @@ def quantize(
         metadata = replace(metadata, quantization={"calibration": calibration, "accuracy": accuracy})
         write_openvino(quantized, written, metadata)
         for file in files_of(written):
-            os.replace(file, path.parent / file.name)
+            file.replace(path.parent / file.name)
     return metadata

@@ -51,14 +51,16 @@ def check_batches(*, unit: int, in_channels: int) -> Iterator[tuple[str, NestedT
     yield f"one image, {_smallest(unit)[0]} x {_smallest(unit)[1]}", _one(image(*_smallest(unit)))
     yield f"two images, {even[0]} x {even[1]}", nested_tensor_from_tensor_list([image(*even), image(*even)])
     padded = [(3 * unit + 1, 4 * unit + 3), odd, (5 * unit, 2 * unit), odd]
-    yield f"four images of three sizes, padded to {_span(padded)}", nested_tensor_from_tensor_list(
-        [image(*size) for size in padded]
+    yield (
+        f"four images of three sizes, padded to {_span(padded)}",
+        nested_tensor_from_tensor_list([image(*size) for size in padded]),
     )
     tall = (5 * unit - 1, 2 * unit + 7)
     within = nested_tensor_from_tensor_list([image(*tall), image(*even)])
     yield f"two images, padded to {_span([tall, even])}", within
-    yield "one image in a larger batch", NestedTensor(
-        within.tensors[:1].clone(), within.mask[:1].clone(), sizes=within.sizes[:1]
+    yield (
+        "one image in a larger batch",
+        NestedTensor(within.tensors[:1].clone(), within.mask[:1].clone(), sizes=within.sizes[:1]),
     )
 
 

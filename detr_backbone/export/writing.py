@@ -2,8 +2,9 @@
 
 import contextlib
 import importlib.util
-import os
+import logging
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -72,11 +73,12 @@ def export(
     Args:
         model: a BackboneBase, a Joiner, or a detector: a module with a Joiner as `backbone` whose outputs are a dict
             with `pred_logits` and `pred_boxes`. It is not changed.
-        path: .onnx (needs `detr_backbone[onnx]`), .xml for OpenVINO (`detr_backbone[openvino]`; the weights stand beside
-            it in .bin), or .pt2 of torch.export. An existing file is replaced.
-        masks: the graph takes `mask` [B, H, W] too, True on padding, and whole padded batches. Without it, images of one
-            size go through it together; where padding is exact, that gives the same and is faster.
-        mean, std: of each channel, what images are normalised with.
+        path: .onnx (needs `detr_backbone[onnx]`), .xml for OpenVINO (`detr_backbone[openvino]`; the weights stand
+            beside it in .bin), or .pt2 of torch.export. An existing file is replaced.
+        masks: the graph takes `mask` [B, H, W] too, True on padding, and whole padded batches. Without it, images of
+            one size go through it together; where padding is exact, that gives the same and is faster.
+        mean: of each channel, what images are normalised with.
+        std: likewise.
         categories: id -> name of each label of a detector, in their order.
         config: what the model was built from, as plain dicts, lists, numbers and strings.
         opset_version: of ONNX.
@@ -129,7 +131,7 @@ def export(
                 "PyTorch"
             )
         for file in files_of(written):
-            os.replace(file, path.parent / file.name)
+            file.replace(path.parent / file.name)
     return ExportReport(path, metadata, differences)
 
 
@@ -143,7 +145,9 @@ def write_openvino(model: Any, path: Path, metadata: ExportMetadata) -> None:
 
 def _write(program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
     if path.suffix == ".pt2":
-        torch.export.save(program, path, extra_files={f"{KEY}.json": metadata.to_json()})
+        with warnings.catch_warnings():  # of weights in channels_last, of devices other than the CPU
+            warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+            torch.export.save(program, path, extra_files={f"{KEY}.json": metadata.to_json()})
         return
     onnx = path.with_suffix(".onnx")
     _write_onnx(program, onnx, metadata)
@@ -156,7 +160,10 @@ def _write(program: torch.export.ExportedProgram, path: Path, metadata: ExportMe
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
     inputs = ["images", "mask"] if metadata.masks else ["images"]
+    optimizer = logging.getLogger("onnxscript.optimizer")  # it warns of every operator that it leaves as it is
+    level = optimizer.level
     try:
+        optimizer.setLevel(logging.ERROR)
         onnx: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -167,15 +174,17 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: Exp
         )
     except Exception as error:  # of many kinds
         raise ExportError(
-            f"model cannot be written as ONNX | where: key=torch.onnx.export | got {first_line(error)} | fix: export to "
-            ".pt2, or use the model in PyTorch"
+            f"model cannot be written as ONNX | where: key=torch.onnx.export | got {first_line(error)} | fix: export "
+            "to .pt2, or use the model in PyTorch"
         ) from error
+    finally:
+        optimizer.setLevel(level)
     onnx.model.metadata_props[KEY] = metadata.to_json()
     onnx.save(str(path), external_data=False)
 
 
 def _check(path: Path, reference: nn.Module, *, unit: int, in_channels: int) -> dict[str, float]:
-    differences = {}
+    differences: dict[str, float] = {}
     for engine in ENGINES[path.suffix]:
         if importlib.util.find_spec(engine) is not None:
             exported = load_exported(path, engine=engine)
@@ -185,11 +194,12 @@ def _check(path: Path, reference: nn.Module, *, unit: int, in_channels: int) -> 
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files that make up an exported file, the one that is loaded last."""
+    """Return the files that make up an exported file; the one to load comes last."""
     return [path.with_suffix(".bin"), path] if path.suffix == ".xml" else [path]
 
 
 def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that take part in an export, of those that are installed."""
     versions = {}
     for name in ("detr_backbone", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf"):
         with contextlib.suppress(PackageNotFoundError):

@@ -145,9 +145,7 @@ def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     children = [name for name, _ in model.named_children()][: len(calls)]
     called = [node.target if node.op == "call_module" else None for node in calls]
-    in_sequence = called == children and all(
-        node.args == (node.prev,) and not node.kwargs for node in calls
-    )
+    in_sequence = called == children and all(node.args == (node.prev,) and not node.kwargs for node in calls)
     return children if in_sequence else []
 
 

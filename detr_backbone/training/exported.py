@@ -176,5 +176,5 @@ def _compare(first: nn.Module, second: nn.Module, dataset: CocoDetection, config
         ap50=comparison.stats["AP50"],
         images=len(dataset.annotations.image_ids),
         of=dataset.annotations.source,
-        image_ids_sha256=image_ids_sha256(dataset.annotations.image_ids),
+        image_ids_sha256=image_ids_sha256(dataset.annotations.image_ids.tolist()),
     )
