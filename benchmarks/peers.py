@@ -68,11 +68,17 @@ class Case:
         return self.kind.endswith("step")
 
 
+def build_ours(case: Case) -> nn.Module:
+    """What this package gives: a backbone or a detector with exact padding."""
+    if "detr" in case.kind:
+        return build_detector(_detector_config(case))
+    return build_backbone(_backbone_config(case))[0]
+
+
 def ours(case: Case, *, compiled: bool = False) -> Run:
     """What this package gives: exact padding, folded frozen BatchNorm, channels last."""
-    if "detr" in case.kind:
-        return _detector(case, build_detector(_detector_config(case)), compiled=compiled)
-    return _backbone(case, build_backbone(_backbone_config(case))[0], compiled=compiled)
+    run = _detector if "detr" in case.kind else _backbone
+    return run(case, build_ours(case), compiled=compiled)
 
 
 def zero_padded(case: Case) -> Run:

@@ -12,13 +12,19 @@ from typing import Any, Literal
 
 import torch
 from data import PIPELINES
+from engines import ENGINES
 from peers import CONTENDERS, Case, Run
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "int8"]
 WARM_UP_SECONDS = 2
-NEEDS = {"timm": "timm", "hugging_face": "transformers"}
+NEEDS = {
+    "timm": ("timm",),
+    "hugging_face": ("transformers",),
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino", "nncf"),
+}
 
 
 class Worker:
@@ -79,8 +85,8 @@ class Worker:
 
 
 def lacking(contenders: Container[str]) -> dict[str, str]:
-    """The contenders whose library is not installed, with its name."""
-    needed = {name: module for name, module in NEEDS.items() if name in contenders}
+    """The contenders of which a library is not installed, with its name."""
+    needed = {name: module for name, modules in NEEDS.items() for module in modules if name in contenders}
     return {name: module for name, module in needed.items() if importlib.util.find_spec(module) is None}
 
 
@@ -89,7 +95,10 @@ def _serve(connection: Connection, name: str, case: Case, precision: Precision, 
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         contenders = {**CONTENDERS, **PIPELINES}
-        work = _matmul(case.device, precision) if name == "matmul" else contenders[name](case)
+        if name == "matmul":
+            work = _matmul(case.device, precision)
+        else:
+            work = ENGINES[name](case, precision) if name in ENGINES else contenders[name](case)
 
         def run() -> float:
             start = time.perf_counter()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from detr_backbone.coco.dataset import CocoDetection
@@ -121,6 +122,7 @@ def quantize_detector(
     *,
     calibration: CocoDetection,
     validation: CocoDetection,
+    calibration_images: int = 300,
     max_loss: float = 0.01,
     allow_loss: bool = False,
 ) -> tuple[ExportMetadata, Cost]:
@@ -132,6 +134,7 @@ def quantize_detector(
         calibration: images of the training data, transformed as in evaluation, on which ranges are measured.
         validation: other images, on which both files are evaluated; their AP, the interval of the difference and which
             images they are go into the metadata.
+        calibration_images: how many of `calibration` are taken, drawn with seed 0; all where there are fewer.
         max_loss: the file is refused where AP falls by more than this, 0 to 1.
         allow_loss: keep it all the same.
 
@@ -139,14 +142,18 @@ def quantize_detector(
         ExportError: AP falls by more, or a library is not installed.
         EvaluationError: both datasets share images, so that AP would be that of what was calibrated on.
     """
-    shared = set(calibration.annotations.image_ids.tolist()) & set(validation.annotations.image_ids.tolist())
+    if calibration_images < 1:
+        raise ExportError(f"`calibration_images` must be at least 1, got {calibration_images}")
+    drawn = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))[:calibration_images].tolist()
+    shared = {int(calibration.annotations.image_ids[index]) for index in drawn}
+    shared &= set(validation.annotations.image_ids.tolist())
     if calibration.annotations.source == validation.annotations.source and shared:
         raise EvaluationError(
             f"int8 must be judged on other images than it was calibrated on | where: image_id={min(shared)} | got "
             f"{len(shared)} in both"
         )
     detector, config = open_exported_detector(source)
-    images: list[Tensor] = [calibration[index][0] for index in range(len(calibration))]
+    images: list[Tensor] = [calibration[index][0] for index in drawn]
     costs: list[Cost] = []
 
     def measure(quantized: nn.Module) -> Mapping[str, Any]:
@@ -159,7 +166,7 @@ def quantize_detector(
             )
         return cost.to_dict()
 
-    metadata = quantize(source, path, images, measure=measure, description=calibration.annotations.source)
+    metadata = quantize(source, path, images, measure=measure, description=_words(calibration))
     return metadata, costs[0]
 
 
@@ -175,6 +182,11 @@ def _compare(first: nn.Module, second: nn.Module, dataset: CocoDetection, config
         ap=comparison.stats["AP"],
         ap50=comparison.stats["AP50"],
         images=len(dataset.annotations.image_ids),
-        of=dataset.annotations.source,
+        of=_words(dataset),
         image_ids_sha256=image_ids_sha256(dataset.annotations.image_ids.tolist()),
     )
+
+
+def _words(dataset: CocoDetection) -> str:
+    part = f", {dataset.annotations.part}" if dataset.annotations.part else ""
+    return f"{dataset.annotations.source}{part}"
