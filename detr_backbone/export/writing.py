@@ -187,8 +187,14 @@ def _check(path: Path, reference: nn.Module, *, unit: int, in_channels: int) -> 
     differences: dict[str, float] = {}
     for engine in ENGINES[path.suffix]:
         if importlib.util.find_spec(engine) is not None:
-            exported = load_exported(path, engine=engine)
-            of_engine = largest_differences(reference, exported, unit=unit, in_channels=in_channels)
+            try:
+                exported = load_exported(path, engine=engine)
+                of_engine = largest_differences(reference, exported, unit=unit, in_channels=in_channels)
+            except Exception as error:  # of many kinds
+                raise ExportError(
+                    f"exported file does not run, and is not kept | where: file={path.name} key=engine | got "
+                    f"{engine}: {first_line(error)} | fix: use another format, or the model in PyTorch"
+                ) from error
             differences |= {f"{engine}, {batch}": value for batch, value in of_engine.items()}
     return differences
 
