@@ -86,6 +86,11 @@ def zero_padded(case: Case) -> Run:
     return _backbone(case, build_backbone(replace(_backbone_config(case), padding="zeros"))[0])
 
 
+def by_plan(case: Case, *, plan: Literal["forward_whole_batch", "forward_by_size"]) -> Run:
+    """Ours with all images in one pass, or with those of equal size in one pass each; both are exact."""
+    return _backbone(case, _ByPlan(build_ours(case), plan))
+
+
 def original(case: Case, *, compiled: bool = False) -> Run:
     """The original construction; a detector on it is ours but for backbone, attention weights, sampling and dropout."""
     backbone = _Original(case)
@@ -170,6 +175,17 @@ def hooks(case: Case) -> Run:
     getter = IntermediateLayerGetter(Untraceable(), ["model.layer4"])
     assert getter.strategy == "hooks"
     return _getter(case, getter)
+
+
+class _ByPlan(nn.Module):
+    def __init__(self, backbone: nn.Module, plan: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.plan = plan
+
+    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        levels: dict[str, NestedTensor] = getattr(self.backbone, self.plan)(images)
+        return levels
 
 
 class _Masked(nn.Module):
@@ -288,6 +304,8 @@ CONTENDERS: dict[str, Callable[[Case], Run]] = {
     "original": original,
     "ours": ours,
     "ours, zeros": zero_padded,
+    "ours, whole batch": partial(by_plan, plan="forward_whole_batch"),
+    "ours, by size": partial(by_plan, plan="forward_by_size"),
     "original, compiled": partial(original, compiled=True),
     "ours, compiled": partial(ours, compiled=True),
     "timm": timm_features,

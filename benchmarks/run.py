@@ -83,6 +83,11 @@ def suites(device: str) -> dict[str, list[Row]]:
             for network in ("resnet18", "resnet50")
             for kind in ("forward", "step")
         ],
+        "plans": [
+            Row(replace(at, kind=kind, sizes=sizes), ("ours, whole batch", "ours, by size", "ours, zeros"))
+            for sizes in (MIXED, (*MIXED[:2], *MIXED[:2]))
+            for kind in ("forward", "step")
+        ],
         "compiled": [
             Row(case, COMPILED) for case in (at, replace(at, kind="step"), replace(at, kind="detr", levels=1))
         ],
@@ -110,8 +115,11 @@ def suites(device: str) -> dict[str, list[Row]]:
     }
 
 
-def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], kernels: int) -> list[str]:
-    """The rows of one case in Markdown, with the kernels that took most of the time."""
+def measure(
+    row: Row, *, runs: int, processes: int, threads: tuple[int, ...], kernels: int
+) -> tuple[list[str], list[str]]:
+    """The rows of one case in Markdown, with the kernels that took most of the time; and which contenders failed."""
+    remarks = []
     pairs = [
         (name, precision)
         for precision in row.precisions
@@ -127,12 +135,22 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
             for worker in workers.values():
                 worker.close()
             workers = {pair: Worker(*pair, row.case, best[pair]) for pair in pairs}
-            for worker in workers.values():
-                worker.warm_up()
+            if row.case.device == "cuda":  # they compile beside each other, on cores of their own
+                for worker in workers.values():
+                    worker.begin()
+            for pair, worker in list(workers.items()):
+                try:
+                    worker.warm_up()
+                except RuntimeError as error:
+                    remarks.append(f"{row.case}: {error}")
+                    print(remarks[-1], flush=True)
+                    worker.close()
+                    del workers[pair]
+                    pairs.remove(pair)
         for pair, worker in workers.items():
             seconds[pair].append(worker.run())
     first = row.contenders[0]
-    medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
+    medians = {pair: statistics.median(seconds[pair]) for pair in pairs}
     peaks = {pair: worker.peak() for pair, worker in workers.items()}  # before operations are counted, in one more run
     flops: dict[str, float] = {}  # 0 for an engine of its own, whose operations torch does not see
     for name, precision in pairs:
@@ -164,12 +182,14 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
             print(lines[-1], flush=True)
     for worker in workers.values():
         worker.close()
-    return lines
+    return lines, remarks
 
 
 @cache
 def best_threads(contender: Contender, image: Case, threads: tuple[int, ...]) -> int:
     """The number of threads that the contender is fastest with on one image."""
+    if len(threads) == 1:
+        return threads[0]
     workers = {count: Worker(*contender, image, count) for count in threads}
     warm = {count: worker.warm_up() for count, worker in workers.items()}
     taken = {count: min(warm[count], worker.run()) for count, worker in workers.items()}
@@ -202,7 +222,11 @@ def environment(device: str) -> str:
     """Where and on what the numbers were taken."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     if device == "cuda":
-        name = torch.cuda.get_device_name()
+        convolutions, products = (
+            "TF32" if allowed else "float32"
+            for allowed in (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        )
+        name = f"{torch.cuda.get_device_name()} (float32: convolutions in {convolutions}, products in {products})"
     else:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = f"{models[0].partition(':')[2].strip()}, {len(models)} cores"
@@ -237,8 +261,8 @@ def main(
     A contender runs at the number of threads, one or one per core, that is faster for it with one image.
 
     Args:
-        suite: table, detectors, getter, padding, compiled, engines, data, scaling, import, or a backbone: resnet18,
-            resnet50, resnet101, resnet50-dc5.
+        suite: table, detectors, getter, padding, plans, compiled, engines, data, scaling, import, or a backbone:
+            resnet18, resnet50, resnet101, resnet50-dc5.
         runs: measured runs of every contender, in turns; the median counts.
         processes: in how many processes, one after the other, a contender does its runs.
         device: cpu or cuda.
@@ -271,7 +295,10 @@ def main(
     with exported_files():
         for row in rows:
             case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
-            table += measure(case, runs=runs, processes=processes, threads=tuple(sorted({1, cores})), kernels=kernels)
+            threads = tuple(sorted({1, cores}))
+            lines, failed = measure(case, runs=runs, processes=processes, threads=threads, kernels=kernels)
+            table += lines
+            remarks += failed
             write(output, remarks, table)
 
 

@@ -32,6 +32,7 @@ class Worker:
 
     def __init__(self, name: str, precision: Precision, case: Case, threads: int) -> None:
         self.name = name
+        self._begun = False
         os.environ["OMP_NUM_THREADS"] = str(threads)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -43,8 +44,15 @@ class Worker:
         """Seconds that the work takes once more."""
         return float(self._ask("run"))
 
+    def begin(self) -> None:
+        """Let the work be done once without waiting for it; `warm_up` waits."""
+        self._connection.send("run")
+        self._begun = True
+
     def warm_up(self) -> float:
         """Seconds of the fastest of the runs that fill two seconds."""
+        if self._begun:
+            self._answer()
         taken = [self.run()]
         while sum(taken) < WARM_UP_SECONDS:
             taken.append(self.run())
@@ -65,12 +73,16 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        self._connection.send("stop")
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send("stop")
         self._process.join()
 
     def _ask(self, order: str) -> Any:
         with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
             self._connection.send(order)
+        return self._answer()
+
+    def _answer(self) -> Any:
         try:
             answer = self._connection.recv()
         except EOFError:
