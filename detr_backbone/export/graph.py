@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_backbone.backbone import BackboneBase, Joiner
+from detr_backbone.backbone import BackboneBase, Joiner, fold_for_inference
 from detr_backbone.errors import ExportError
 from detr_backbone.export.metadata import Kind
-from detr_backbone.folding import fold_for_inference
 from detr_backbone.nested_tensor import NestedTensor, Size
 
 DETECTIONS = ("pred_logits", "pred_boxes")

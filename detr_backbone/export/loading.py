@@ -11,7 +11,8 @@ from detr_backbone.backbone import BackboneBase, Joiner
 from detr_backbone.errors import ExportError
 from detr_backbone.export.engines import Engine, EngineName, EnginePrecision, open_engine
 from detr_backbone.export.metadata import position_encoding_from_dict
-from detr_backbone.nested_tensor import NestedTensor, Size, as_nested_tensor
+from detr_backbone.nested_tensor import Images, NestedTensor, Size, as_nested_tensor
+from detr_backbone.padding.by_size import group_by_size, merge_levels
 from detr_backbone.padding.exact import feature_level
 
 
@@ -69,8 +70,8 @@ class _Exported(nn.Module):
             raise ExportError("an exported file is for inference, got train(True); train the model and export it again")
         return super().train(mode=False)
 
-    def _batch(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> NestedTensor:
-        batch = as_nested_tensor(images)
+    def _batch(self, images: Images, sizes: Sequence[Size] | None) -> NestedTensor:
+        batch = as_nested_tensor(images, sizes)
         channels, device = batch.tensors.shape[1], batch.tensors.device
         if channels != self.metadata.in_channels:
             raise ValueError(f"`images` must have {self.metadata.in_channels} channels, got {channels}")
@@ -78,13 +79,13 @@ class _Exported(nn.Module):
             raise ValueError(f"`images` must be on the CPU, where exported files run, got {device}")
         return batch
 
-    def _run(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """Outputs of one pass over `images` [B, C, H, W], which have one size where there is no `mask`."""
-        for side, least, got in zip("HW", self.metadata.min_size, images.shape[-2:], strict=True):
+    def _run(self, batch: NestedTensor) -> list[Tensor]:
+        """Return the outputs of one pass over a batch, which is not padded where the graph takes no mask."""
+        for side, least, got in zip("HW", self.metadata.min_size, batch.tensors.shape[-2:], strict=True):
             if got < least:
                 raise ValueError(f"`images` must be at least {least} pixels in {side} for this file, got {got}")
-        images = images.to(torch.float32)
-        return self._run_engine([images] if mask is None else [images, mask])
+        images = batch.tensors.to(torch.float32)
+        return self._run_engine([images, batch.mask] if self.metadata.masks else [images])
 
 
 class ExportedBackbone(_Exported):
@@ -106,30 +107,19 @@ class ExportedBackbone(_Exported):
         self.num_channels = self.channels[-1]
         self.padding = self.metadata.padding
 
-    def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, NestedTensor]:
+    def forward(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
         """Return levels [B, C, h, w] with their masks under "0", "1", …, finest first; h = ceil(H / stride)."""
-        batch = self._batch(images)
-        if self.metadata.masks:
-            maps = self._run(batch.tensors, batch.mask)
-        elif self.padding == "zeros" or not batch.is_padded:
-            maps = self._run(batch.tensors)
-        else:
-            maps = self._run_by_size(batch)
+        batch = self._batch(images, sizes)
+        if self.padding == "zeros" or self.metadata.masks or not batch.is_padded:
+            return self._levels(batch)
+        groups = group_by_size(batch, 1)
+        return merge_levels(groups, [self._levels(group.images) for group in groups], batch, self.strides)
+
+    def _levels(self, batch: NestedTensor) -> dict[str, NestedTensor]:
         return {
             str(index): feature_level(level, batch, stride=stride, padding=self.padding)
-            for index, (level, stride) in enumerate(zip(maps, self.strides, strict=True))
+            for index, (level, stride) in enumerate(zip(self._run(batch), self.strides, strict=True))
         }
-
-    def _run_by_size(self, batch: NestedTensor) -> list[Tensor]:
-        height, width = batch.tensors.shape[-2:]
-        maps = [
-            torch.zeros(len(batch), channels, -(-height // stride), -(-width // stride))
-            for channels, stride in zip(self.channels, self.strides, strict=True)
-        ]
-        for (h, w), indices in indices_by_size(batch.sizes).items():
-            for level, own in zip(maps, self._run(batch.tensors[indices, :, :h, :w]), strict=True):
-                level[indices, :, : own.shape[2], : own.shape[3]] = own
-        return maps
 
 
 class ExportedDetector(_Exported):
@@ -139,31 +129,13 @@ class ExportedDetector(_Exported):
         metadata: what the file says of itself.
     """
 
-    def forward(self, images: NestedTensor | Sequence[Tensor] | Tensor) -> dict[str, Any]:
+    def forward(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, Any]:
         """Return `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4], cxcywh as fractions of the image."""
-        batch = self._batch(images)
-        if self.metadata.masks:
-            outputs = self._run(batch.tensors, batch.mask)
-        elif not batch.is_padded:
-            outputs = self._run(batch.tensors)
-        else:
-            outputs = self._run_by_size(batch)
+        batch = self._batch(images, sizes)
+        outputs = self._run(batch) if self.metadata.masks or not batch.is_padded else self._run_by_size(batch)
         return dict(zip(self.metadata.outputs, outputs, strict=True))
 
     def _run_by_size(self, batch: NestedTensor) -> list[Tensor]:
-        groups = indices_by_size(batch.sizes)
-        parts = [self._run(batch.tensors[indices, :, :h, :w]) for (h, w), indices in groups.items()]
-        order = torch.tensor([index for indices in groups.values() for index in indices]).argsort()
-        return [torch.cat(part)[order] for part in zip(*parts, strict=True)]
-
-
-def indices_by_size(sizes: Sequence[Size]) -> dict[Size, list[int]]:
-    """Return the indices of the images of each size.
-
-    >>> indices_by_size([(64, 96), (80, 80), (64, 96)])
-    {(64, 96): [0, 2], (80, 80): [1]}
-    """
-    groups: dict[Size, list[int]] = {}
-    for index, size in enumerate(sizes):
-        groups.setdefault(size, []).append(index)
-    return groups
+        groups = group_by_size(batch, 1)
+        order = torch.tensor([index for group in groups for index in group.indices]).argsort()
+        return [torch.cat(part)[order] for part in zip(*(self._run(group.images) for group in groups), strict=True)]
