@@ -195,7 +195,7 @@ class _Masked(nn.Module):
         super().__init__()
         self.body = body
 
-    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+    def forward(self, images: NestedTensor, sizes: None = None) -> dict[str, NestedTensor]:  # as a Joiner calls it
         features = self.body(images.tensors)
         levels = features if isinstance(features, dict) else dict(enumerate(features))
         masks = {
