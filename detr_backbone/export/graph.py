@@ -36,7 +36,9 @@ class Graph(nn.Module):
         super().__init__()
         self.kind, backbone = _kind_of(model)
         _check_masks(self.kind, backbone, masks=masks)
-        copied = fold_for_inference(inference_copy(model))
+        copied: Any = fold_for_inference(inference_copy(model))
+        if getattr(copied, "aux_loss", False):
+            copied.aux_loss = False  # predictions of earlier decoder layers are for training
         self.model: Any = copied[0] if isinstance(copied, Joiner) else copied
         self.masks = masks
         levels = tuple(f"level{index}" for index in range(len(backbone.strides)))
