@@ -4,6 +4,7 @@ Every cell is the largest difference, relative to the larger of 1 and the output
 of `export`'s self-check, or why there is no file. docs/deploy.md holds the table.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from torch import nn
 
 from detr_backbone import BackboneConfig, PositionEncodingConfig, build_backbone
+from detr_backbone.commands.command_line import Command
 from detr_backbone.detectors import DetectorConfig, build_detector
 from detr_backbone.errors import DetrBackboneError
 from detr_backbone.export import export
-from detr_backbone.training import parse_options, plain_errors
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -104,5 +105,5 @@ def cells(build: Callable[[], nn.Module], *, masks: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main(**parse_options(main))
+    EXAMPLE = "python benchmarks/export_matrix.py --only DETR"
+    sys.exit(Command(name="python benchmarks/export_matrix.py", main=main, example=EXAMPLE).run(sys.argv[1:]))

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a detector on a dataset in COCO format",
     "evaluate": "compute COCO's numbers of a detector, or of detections in a file",
     "predict": "detect objects in pictures; write them as JSON and draw them",
+    "export": "write a detector as ONNX, for OpenVINO (also in int8) or as .pt2",
     "check-data": "find what is wrong with a dataset before training does",
     "convert-data": "convert a YOLO, Pascal VOC or CVAT dataset to COCO format, and check it",
     "make-subset": "write a part of a dataset as a dataset",

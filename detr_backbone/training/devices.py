@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def build_accelerator(mixed_precision: str = "no") -> "Accelerator":
+def build_accelerator(mixed_precision: str = "no", *, cpu: bool = False) -> "Accelerator":
     """The Accelerate of this process, one of those that `torchrun` started, or the only one.
+
+    Args:
+        mixed_precision: "no" or "bf16".
+        cpu: use no other device.
 
     Raises:
         ConfigError: Accelerate joined another number of processes than were launched; each would train for itself.
@@ -20,7 +24,7 @@ def build_accelerator(mixed_precision: str = "no") -> "Accelerator":
     from accelerate import Accelerator
 
     # Left alone on a machine without accelerators, Accelerate does not join the processes of torchrun.
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu or not torch.accelerator.is_available())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(f"{launched} processes were launched, Accelerate joined {accelerator.num_processes}")

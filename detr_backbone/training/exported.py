@@ -1,7 +1,7 @@
 """A trained detector as an exported file: from a checkpoint, back for pictures and datasets, and in int8."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.subset import image_ids_sha256
 from detr_backbone.detectors import build_postprocess
-from detr_backbone.errors import EvaluationError, ExportError
+from detr_backbone.errors import ConfigError, EvaluationError, ExportError
 from detr_backbone.evaluation.intervals import Difference, compare
 from detr_backbone.export import (
+    ENGINES,
     EngineName,
     EnginePrecision,
     ExportedDetector,
@@ -25,7 +26,8 @@ from detr_backbone.export import (
     quantize,
 )
 from detr_backbone.training.checkpoint import load_checkpoint
-from detr_backbone.training.config import TrainConfig, config_from_dict, config_to_dict
+from detr_backbone.training.config import TrainConfig, config_from_dict, config_to_dict, override_config
+from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import detector_of, evaluate
 
 
@@ -48,6 +50,43 @@ def export_checkpoint(checkpoint: Path | str, path: Path | str, *, masks: bool =
         categories=loaded.categories,
         config=config_to_dict(config),
     )
+
+
+def open_detector(
+    path: Path | str,
+    *,
+    engine: EngineName | None = None,
+    threads: int | None = None,
+    precision: EnginePrecision = "float32",
+    overrides: Sequence[str] = (),
+) -> tuple[nn.Module, TrainConfig, Mapping[int, str]]:
+    """Return a trained detector, its configuration, and category id -> name in the order of the labels.
+
+    Args:
+        path: a checkpoint, or a file of `export_checkpoint`, which its ending tells.
+        engine: see `load_exported`; for exported files only, as are `threads` and `precision`.
+        threads: see `load_exported`.
+        precision: see `load_exported`.
+        overrides: words of a command line that change the configuration; of an exported file, all but its detector.
+
+    Raises:
+        CheckpointError, ExportError: the file cannot be used.
+        ConfigError: an override or an option does not fit the file.
+    """
+    if Path(path).suffix not in ENGINES:
+        if (engine, threads, precision) != (None, None, "float32"):
+            raise ConfigError(
+                f"`engine`, `threads` and `precision` are for exported files ({', '.join(ENGINES)}) | where: "
+                f"file={path} | got {engine}, {threads}, {precision}"
+            )
+        loaded = load_checkpoint(path)
+        model, config = detector_of(loaded, overrides=overrides)
+        return model, config, loaded.categories
+    detector, exported = open_exported_detector(path, engine=engine, threads=threads, precision=precision)
+    config = override_config(exported, overrides)
+    if config.detector != exported.detector:
+        raise ConfigError(f"an exported detector cannot be changed | where: file={path} key=detector")
+    return detector, config, detector.metadata.categories
 
 
 def open_exported_detector(
@@ -171,9 +210,7 @@ def quantize_detector(
 
 
 def _compare(first: nn.Module, second: nn.Module, dataset: CocoDetection, config: TrainConfig) -> Cost:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True)
+    accelerator = build_accelerator(cpu=True)
     postprocess = build_postprocess(config.detector, category_ids=dataset.category_ids)
     data = replace(config.data, num_workers=0)
     evaluators = [evaluate(model, postprocess, dataset, data, accelerator)[1] for model in (first, second)]
