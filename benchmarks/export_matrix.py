@@ -26,7 +26,7 @@ ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 
 def backbone(name: str, return_layers: tuple[str, ...] | None = None) -> Callable[[], nn.Module]:
     """Return what builds a Joiner with random weights."""
-    return lambda: build_backbone(BackboneConfig(name=name, return_layers=return_layers))
+    return lambda: build_backbone(BackboneConfig(name=name, return_layers=return_layers, train_layers=()))
 
 
 def detector(
