@@ -15,7 +15,8 @@ from detr_backbone.backbone import BackboneBase
 from detr_backbone.detectors import DETR
 from detr_backbone.detectors.transformer import Transformer
 from detr_backbone.errors import ExportError
-from detr_backbone.export import ExportedBackbone, ExportedDetector, ExportReport, export, load_exported
+from detr_backbone.export import ENGINES, ExportedBackbone, ExportedDetector, ExportReport, export, load_exported
+from detr_backbone.export.engines import open_engine
 
 TOLERANCE = 1e-4
 """What `export` promises; two engines add up in different orders."""
@@ -238,11 +239,39 @@ class ServesSomeSizes(Network):
         return super().forward(x if x.shape[2] > 3 * x.shape[3] else x * 2)
 
 
+class LooksAtValues(Network):
+    """Cannot be traced, so that its layers are taken by hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[0] < 0 else super().forward(x)
+
+
+def test_a_network_whose_layers_are_taken_by_hooks_is_exported(tmp_path: Path) -> None:
+    joiner = build_joiner(LooksAtValues())
+    assert joiner[0].body.strategy == "hooks"
+    loaded = load_exported(export(joiner, tmp_path / "hooks.pt2").path)
+
+    assert_same(loaded(images())[0][-1].tensors, joiner(images())[0][-1].tensors)
+
+
 def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"file=.*model\.pt2 batch=torch, .* expected at most 1\.0e-04"):
+    with pytest.raises(ExportError, match=r"file=.*model\.pt2 \| got torch: .* expected .* at most 1\.0e-04"):
         export(DiffersInGraphs(Network(), return_layers=LEVELS, train_layers=()), tmp_path / "model.pt2")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_differs_from_the_model_does_not_run_the_file(
+    joiner: Joiner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENGINES, ".pt2", ("torch", "onnxruntime"))  # which cannot read it
+    report = export(joiner, tmp_path / "joiner.pt2")
+
+    assert list(report.metadata.failed_engines) == ["onnxruntime"]
+    assert load_exported(report.path)(images())[0][0].sizes == joiner(images())[0][0].sizes
+    monkeypatch.setattr("detr_backbone.export.engines._onnxruntime", lambda path, _: open_engine(path, "torch"))
+    with pytest.raises(ExportError, match=r"key=engine \| got onnxruntime: .* fix: use torch"):
+        load_exported(report.path, engine="onnxruntime")
 
 
 def test_a_failed_export_leaves_the_file_that_was_there(tmp_path: Path) -> None:

@@ -69,10 +69,17 @@ def open_engine(
     if not path.is_file():
         raise FileNotFoundError(f"no exported file at {path}")
     if engine == "onnxruntime":
-        return _onnxruntime(path, threads)
-    if engine == "openvino":
-        return _openvino(path, threads, precision)
-    return _torch(path, threads)
+        opened = _onnxruntime(path, threads)
+    elif engine == "openvino":
+        opened = _openvino(path, threads, precision)
+    else:
+        opened = _torch(path, threads)
+    if reason := opened.metadata.failed_engines.get(engine):
+        raise ExportError(
+            f"engine does not give what the model gives | where: file={path} key=engine | got {engine}: {reason} "
+            f"| fix: use {' or '.join(set(engines) - opened.metadata.failed_engines.keys())}"
+        )
+    return opened
 
 
 def require(*modules: str) -> None:

@@ -40,6 +40,7 @@ class ExportMetadata:
         opset: of ONNX; None for other formats.
         versions: library -> version at the export.
         weights_sha256: of the model's state dict before the export, as `hash_of_weights` gives it.
+        failed_engines: engine -> why it is not to run this file: what its outputs differ by.
         precision: "float32", or "int8" where weights and activations of most layers are.
         quantization: how int8 was calibrated, and what it costs; None for float32.
     """
@@ -60,6 +61,7 @@ class ExportMetadata:
     opset: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     weights_sha256: str = ""
+    failed_engines: Mapping[str, str] = field(default_factory=dict)
     precision: Literal["float32", "int8"] = "float32"
     quantization: Mapping[str, Any] | None = None
 
