@@ -3,7 +3,6 @@
 import math
 import warnings
 
-from detr_backbone.errors import ConfigError
 from detr_backbone.networks.pretraining import pretraining_of
 from detr_backbone.training.config import TrainConfig
 
@@ -12,17 +11,8 @@ _TOLERANCE = 0.01
 
 
 def check_normalisation(config: TrainConfig) -> None:
-    """Warn if `data.transforms` normalises otherwise than the weights of the backbone were trained; switch nothing.
-
-    Raises:
-        ConfigError: the backbone takes other images than the RGB that `data.transforms` gives.
-    """
+    """Warn if `data.transforms` normalises otherwise than the weights of the backbone were trained; switch nothing."""
     backbone, transforms = config.detector.backbone, config.data.transforms
-    if backbone.in_channels != 3:
-        raise ConfigError(
-            f"`detector.backbone.in_channels` must be 3 for pictures, got {backbone.in_channels}; for other "
-            "images give their mean and std in a dataset and a training loop of your own"
-        )
     pretraining = None if backbone.weights is None else pretraining_of(backbone.name, backbone.weights)
     if pretraining is None:
         return
