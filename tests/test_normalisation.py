@@ -1,6 +1,5 @@
 """The mean and std that a network was trained with are read from its library, and another normalisation is told."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,24 +77,25 @@ def test_a_tag_that_does_not_exist_is_refused_with_those_that_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "transforms", "key", "expected"),
+    ("name", "transforms", "expected"),
     [
-        ("timm/tf_efficientnet_lite0", {}, "mean", HALF[0]),
-        ("timm/tf_efficientnet_lite0", {"mean": HALF[0]}, "std", HALF[1]),
-        ("resnet50", {"std": (1 / 255,) * 3}, "std", IMAGENET[1]),
+        ("timm/tf_efficientnet_lite0", {}, HALF),
+        ("timm/tf_efficientnet_lite0", {"mean": HALF[0]}, HALF),
+        ("resnet50", {"std": (1 / 255,) * 3}, IMAGENET),
     ],
 )
-def test_another_normalisation_is_told_with_the_key_and_both_values(
-    name: str, transforms: dict[str, Any], key: str, expected: tuple[float, ...]
+def test_another_normalisation_is_told_once_with_the_key_and_all_values(
+    name: str, transforms: dict[str, Any], expected: tuple[tuple[float, ...], ...]
 ) -> None:
     config = config_of(name, **transforms)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="normalised otherwise") as caught:
         check_normalisation(config)
-    message = next(str(warning.message) for warning in caught if f"data.transforms.{key}" in str(warning.message))
+    (message,) = (str(warning.message) for warning in caught)
 
-    assert str(list(getattr(config.data.transforms, key))) in message
-    assert str(list(expected)) in message
+    assert "key=data.transforms" in message
+    assert f"mean {list(config.data.transforms.mean)} std {list(config.data.transforms.std)}" in message
+    assert f"mean {list(expected[0])} std {list(expected[1])}" in message
+    assert name in message
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ def check_normalisation(config: TrainConfig) -> None:
     pretraining = None if backbone.weights is None else pretraining_of(backbone.name, backbone.weights)
     if pretraining is None:
         return
-    for key, expected in (("mean", pretraining.mean), ("std", pretraining.std)):
-        got = getattr(transforms, key)
-        if not all(math.isclose(a, b, rel_tol=_TOLERANCE) for a, b in zip(got, expected, strict=True)):
-            warnings.warn(
-                f"images are normalised otherwise than in pretraining | where: key=data.transforms.{key} | got "
-                f"{list(got)} expected {list(expected)} of {backbone.name} ({pretraining.source}) | fix: set it, or "
-                "name the weights that you have, as in timm/NAME.TAG",
-                stacklevel=2,
-            )
+    got, expected = transforms.mean + transforms.std, pretraining.mean + pretraining.std
+    if not all(math.isclose(a, b, rel_tol=_TOLERANCE) for a, b in zip(got, expected, strict=True)):
+        warnings.warn(
+            "images are normalised otherwise than in pretraining | where: key=data.transforms | got mean "
+            f"{list(transforms.mean)} std {list(transforms.std)} expected mean {list(pretraining.mean)} std "
+            f"{list(pretraining.std)} of {backbone.name} ({pretraining.source}) | fix: set both, or name the "
+            "weights that you have, as in timm/NAME.TAG",
+            stacklevel=2,
+        )
