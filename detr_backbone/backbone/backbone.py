@@ -35,7 +35,8 @@ class Backbone(BackboneBase):
     Attributes:
         weights: the report of what was loaded; None if nothing was.
         mean, std: of each channel of the images that the network's published weights were trained with, as
-            `pretraining_of` gives them; None where that is not known, or `in_channels` is not 3.
+            `pretraining_of` gives them; None where that is not known, or `in_channels` is not 3: then they are yours to
+            choose.
 
     >>> backbone = Backbone("resnet18", return_interm_layers=True)
     >>> backbone.strides, backbone.channels

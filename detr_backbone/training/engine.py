@@ -43,7 +43,6 @@ def train(config: TrainConfig) -> CocoResult:
         NumericsError: a loss or an output is not finite; the message names it and the images.
         CheckpointError: `resume` finds no checkpoint or that of another run; without it, the folder holds one.
     """
-    check_normalisation(config)
     accelerator = build_accelerator(config.mixed_precision)
     try:
         return _train(config, accelerator)
@@ -65,6 +64,7 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
     rank = accelerator.process_index
     loader = train_loader(train_set, config.data, seed=config.seed, world_size=accelerator.num_processes, rank=rank)
     model = _build_model(config, resumed=previous is not None).to(accelerator.device)
+    check_normalisation(config)
     criterion = build_criterion(config.detector).to(accelerator.device)
     postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
     optimizer = build_optimizer(model, config.optimizer)
