@@ -10,9 +10,9 @@ from detr_backbone.networks.layer_paths import expand_paths
 from detr_backbone.networks.norms import Norm, set_norm
 from detr_backbone.networks.pretraining import Channels, pretraining_of
 from detr_backbone.networks.stages import Survey
-from detr_backbone.networks.weights import WeightsReport, load_weights
 from detr_backbone.padding.exact import Padding
 from detr_backbone.pyramid import PyramidConfig
+from detr_backbone.weights.load import WeightsReport, load_weights
 
 logger = logging.getLogger(__name__)
 

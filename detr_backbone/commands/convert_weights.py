@@ -6,7 +6,7 @@ import torch
 
 from detr_backbone.commands.command_line import Command, output_file
 from detr_backbone.networks.build import build_network
-from detr_backbone.networks.weights import rename_in_order
+from detr_backbone.weights.rename import rename_in_order
 
 
 def main(*, source: str, name: str, output: str) -> None:
