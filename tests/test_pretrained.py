@@ -73,6 +73,6 @@ def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_tag_of_timm_says_which_exist() -> None:
     with pytest.raises(
-        WeightsError, match="`weights` of timm/regnetx_002 .* got 'V1', expected one of pretrained, pycls"
+        WeightsError, match=r"`weights` of timm/regnetx_002 .* got 'V1', expected one of pretrained, pycls"
     ):
         Backbone("timm/regnetx_002", weights="V1")
