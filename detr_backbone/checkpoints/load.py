@@ -19,6 +19,8 @@ from detr_backbone.weights.read import WeightsFile, read_weights
 InitClasses = Literal["same", "new", "by_name"]
 NOT_OF_THE_DETECTOR = ("criterion", "bbox_attention", "mask_head")
 """Parts that files hold besides a detector and that are left out: losses, and DETR's segmentation head."""
+HEADS = ("class_embed.", "bbox_embed.")
+_DECODER = "transformer.decoder."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def read_detector(weights: str) -> DetectorFile:
     file = read_weights(located.path)
     try:
         layout = find_detector_layout(file.tensors)
-        state = to_original(file.tensors, layout)
+        state = _with_shared_heads(to_original(file.tensors, layout))
     except WeightsError as error:
         raise WeightsError(f"{error} | where: file={file.path}") from error
     return DetectorFile(file=file, layout=layout, state=state, mean_std=located.mean_std or _mean_std(file))
@@ -127,7 +129,7 @@ def load_detector(
     path = source.file.path
     own = model.state_dict()
     state = {key: tensor for key, tensor in source.state.items() if not key.endswith(COUNTER)}
-    state |= _shared_heads(state, own)
+    state |= _of_decoder(state, own)
     deformable = is_deformable(own)
     if deformable != is_deformable(state):
         kinds = ("DETR", "Deformable DETR")
@@ -195,25 +197,33 @@ def _check(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor], n
         check_tensor(path, key, state[key], tensor)
 
 
-def _shared_heads(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The heads that are one module under several names, of which files without shared tensors hold one."""
-    found: dict[str, Tensor] = {}
-    for key in own:
-        name = key.removeprefix("transformer.decoder.")
-        head, _, rest = name.partition(".")
-        layer, _, leaf = rest.partition(".")
-        if key in state or head not in ("class_embed", "bbox_embed") or not layer.isdigit():
-            continue
-        for candidate in (name, f"{head}.0.{leaf}"):
-            # The first head stands for all only where the file has no other.
-            if candidate in state and (candidate == name or f"{head}.1.{leaf}" not in state):
-                found[key] = state[candidate]
-                break
-    return found
+def _with_shared_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with heads under all their names: Deformable DETR's are shared, and files may hold them once.
+
+    With `with_box_refine` and `two_stage` heads are the decoder's too; without, all layers share one.
+    """
+    complete = dict(state)
+    for key, tensor in state.items():
+        name = key.removeprefix(_DECODER)
+        if name != key and name.startswith(HEADS):
+            complete.setdefault(name, tensor)
+    layers = {key.split(".")[3] for key in state if key.startswith(f"{_DECODER}layers.")}
+    for head in HEADS:
+        if not any(key.startswith(f"{head}1.") for key in complete):
+            first = {key: tensor for key, tensor in complete.items() if key.startswith(f"{head}0.")}
+            for layer in layers:
+                complete |= {key.replace(f"{head}0.", f"{head}{layer}.", 1): tensor for key, tensor in first.items()}
+    return complete
+
+
+def _of_decoder(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The heads that are the decoder's too in our detector, from a file that names them once."""
+    names = {key: key.removeprefix(_DECODER) for key in own if key not in state and key.startswith(_DECODER)}
+    return {key: state[name] for key, name in names.items() if name.startswith(HEADS) and name in state}
 
 
 def _is_class_head(key: str) -> bool:
-    return key.removeprefix("transformer.decoder.").startswith("class_embed.")
+    return key.removeprefix(_DECODER).startswith("class_embed.")
 
 
 def _match_classes(source: DetectorFile, category_names: Sequence[str]) -> dict[int, int]:
