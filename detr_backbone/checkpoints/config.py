@@ -9,8 +9,8 @@ from torch import Tensor
 
 from detr_backbone.backbone import BackboneConfig
 from detr_backbone.checkpoints.categories import folder_config
+from detr_backbone.checkpoints.detector_file import DetectorFile
 from detr_backbone.checkpoints.layouts import is_deformable
-from detr_backbone.checkpoints.load import DetectorFile
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import WeightsError
 from detr_backbone.padding.exact import Padding

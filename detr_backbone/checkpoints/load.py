@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from detr_backbone.checkpoints.categories import class_names, matching_classes
-from detr_backbone.checkpoints.layouts import Layout, find_detector_layout, is_deformable, to_original
+from detr_backbone.checkpoints.detector_file import DECODER, HEADS, DetectorFile, read_detector
+from detr_backbone.checkpoints.layouts import Layout, is_deformable
 from detr_backbone.errors import WeightsError, unknown_name
 from detr_backbone.weights.load import COUNTER, check_tensor
-from detr_backbone.weights.locate import IMAGENET_MEAN_STD, MeanStd, locate_weights
-from detr_backbone.weights.read import WeightsFile, read_weights
+from detr_backbone.weights.locate import MeanStd
 
 InitClasses = Literal["same", "new", "by_name"]
 NOT_OF_THE_DETECTOR = ("criterion", "bbox_attention", "mask_head")
 """Parts that files hold besides a detector and that are left out: losses, and DETR's segmentation head."""
-HEADS = ("class_embed.", "bbox_embed.")
-_DECODER = "transformer.decoder."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,49 +57,17 @@ class LoadReport:
             lines += [f"  {title:<8} {count:>4} tensors  {part}" for part, count in parts.items()]
         if self.copied_classes is not None:
             lines.append(f"  classes copied by name: {', '.join(self.copied_classes)}")
-        if self.mean_std is None:
-            lines.append("  mean and std of its images: not known from the file")
-        else:
-            lines.append(f"  mean and std of its images: {list(self.mean_std[0])}, {list(self.mean_std[1])}")
         return "\n".join(lines)
 
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorFile:
-    """A detector's file with its tensors under the original names."""
-
-    file: WeightsFile
-    layout: Layout
-    state: Mapping[str, Tensor]
-    mean_std: MeanStd | None
-
-    @property
-    def num_classes(self) -> int:
-        """K: the classes of its head, without "no object"."""
-        deformable = is_deformable(self.state)
-        head = "class_embed.0.weight" if deformable else "class_embed.weight"
-        if head not in self.state:
-            raise WeightsError(f"weights lack the class head | where: file={self.file.path} key={head}")
-        return len(self.state[head]) - (not deformable)
-
-
-def read_detector(weights: str) -> DetectorFile:
-    """Return the tensors of a detector under the original names.
-
-    Args:
-        weights: a file, a folder or the name of a published detector, as `locate_weights` takes it.
-
-    Raises:
-        WeightsError: there is none, it cannot be read, or its layout is not known.
-    """
-    located = locate_weights(weights)
-    file = read_weights(located.path)
-    try:
-        layout = find_detector_layout(file.tensors)
-        state = _with_shared_heads(to_original(file.tensors, layout))
-    except WeightsError as error:
-        raise WeightsError(f"{error} | where: file={file.path}") from error
-    return DetectorFile(file=file, layout=layout, state=state, mean_std=located.mean_std or _mean_std(file))
+    def compare_images(self, mean: Sequence[float], std: Sequence[float]) -> str:
+        """Return one line that compares the mean and std of our images with those that go with the weights."""
+        ours = f"{list(mean)}, {list(std)}"
+        if self.mean_std is None:
+            return f"mean and std of the images: {ours}; those of the weights are not known from their file"
+        theirs = f"{list(self.mean_std[0])}, {list(self.mean_std[1])}"
+        if (tuple(mean), tuple(std)) == self.mean_std:
+            return f"mean and std of the images: {ours}, as of the weights"
+        return f"WARNING: mean and std of the images are {ours}, but those of the weights are {theirs}"
 
 
 def load_detector(
@@ -197,33 +163,14 @@ def _check(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor], n
         check_tensor(path, key, state[key], tensor)
 
 
-def _with_shared_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with heads under all their names: Deformable DETR's are shared, and files may hold them once.
-
-    With `with_box_refine` and `two_stage` heads are the decoder's too; without, all layers share one.
-    """
-    complete = dict(state)
-    for key, tensor in state.items():
-        name = key.removeprefix(_DECODER)
-        if name != key and name.startswith(HEADS):
-            complete.setdefault(name, tensor)
-    layers = {key.split(".")[3] for key in state if key.startswith(f"{_DECODER}layers.")}
-    for head in HEADS:
-        if not any(key.startswith(f"{head}1.") for key in complete):
-            first = {key: tensor for key, tensor in complete.items() if key.startswith(f"{head}0.")}
-            for layer in layers:
-                complete |= {key.replace(f"{head}0.", f"{head}{layer}.", 1): tensor for key, tensor in first.items()}
-    return complete
-
-
 def _of_decoder(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The heads that are the decoder's too in our detector, from a file that names them once."""
-    names = {key: key.removeprefix(_DECODER) for key in own if key not in state and key.startswith(_DECODER)}
+    names = {key: key.removeprefix(DECODER) for key in own if key not in state and key.startswith(DECODER)}
     return {key: state[name] for key, name in names.items() if name.startswith(HEADS) and name in state}
 
 
 def _is_class_head(key: str) -> bool:
-    return key.removeprefix(_DECODER).startswith("class_embed.")
+    return key.removeprefix(DECODER).startswith("class_embed.")
 
 
 def _match_classes(source: DetectorFile, category_names: Sequence[str]) -> dict[int, int]:
@@ -259,15 +206,6 @@ def _resize_queries(own: Tensor, theirs: Tensor) -> Tensor | None:
         return None
     count = min(len(own), len(theirs))
     return torch.cat([theirs[:count].to(own), own[count:].detach()])
-
-
-def _mean_std(file: WeightsFile) -> MeanStd | None:
-    """What a file tells of its images: our own checkpoints in full; DETR's, by their size and names, are ImageNet's."""
-    config = file.extras.get("config")
-    transforms = config.get("data", {}).get("transforms", {}) if isinstance(config, Mapping) else {}
-    if "mean" in transforms and "std" in transforms:
-        return tuple(transforms["mean"]), tuple(transforms["std"])
-    return IMAGENET_MEAN_STD if "args" in file.extras else None
 
 
 def _count(keys: Iterable[str]) -> dict[str, int]:

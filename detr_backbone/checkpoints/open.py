@@ -7,8 +7,9 @@ from torch import Tensor
 
 from detr_backbone.checkpoints.categories import COCO_PANOPTIC_CLASSES, UNUSED, class_names
 from detr_backbone.checkpoints.config import detector_config
+from detr_backbone.checkpoints.detector_file import DetectorFile, read_detector
 from detr_backbone.checkpoints.layouts import is_deformable
-from detr_backbone.checkpoints.load import DetectorFile, LoadReport, load_detector, read_detector
+from detr_backbone.checkpoints.load import LoadReport, load_detector
 from detr_backbone.detectors import DETR, DeformableDETR, DetectorConfig, build_detector
 from detr_backbone.padding.exact import Padding
 

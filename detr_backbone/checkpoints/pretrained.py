@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from huggingface_hub import ModelHubMixin
 from huggingface_hub.constants import CONFIG_NAME
 from torch import Tensor, nn
 
-from detr_backbone.backbone import BackboneConfig, Joiner, build_backbone
+from detr_backbone.backbone import BackboneBase, BackboneConfig, Joiner, build_backbone
 from detr_backbone.checkpoints.config import config_from_dict
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.checkpoints.open import open_detector
@@ -26,8 +26,29 @@ from detr_backbone.weights.load import check_tensor
 from detr_backbone.weights.read import read_weights
 
 
-class PretrainedBackbone(  # type: ignore[misc]  # nn.Sequential and the mixin differ in what `__new__` takes
-    Joiner, ModelHubMixin, library_name="detr_backbone", tags=["object-detection", "detr", "backbone"]
+class _FromFolder(ModelHubMixin):
+    """The mixin, with weights of the hub as everywhere here: of a named revision, checked, with errors of one line."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **options: Any
+    ) -> Self:
+        """Return the module of a folder, or of a repository on the hub at a revision: a commit, a tag or a branch.
+
+        Raises:
+            WeightsError: there is no such folder or repository, no revision is named, or the weights do not fit.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            if revision is None:
+                raise WeightsError(f"`revision` must be a commit, a tag or a branch on the hub, got None for {folder}")
+            folder = hub_folder(f"{pretrained_model_name_or_path}@{revision}")
+        module: Self = super().from_pretrained(folder, **options)
+        return module
+
+
+class PretrainedBackbone(
+    Joiner, _FromFolder, library_name="detr_backbone", tags=["object-detection", "detr", "backbone"]
 ):
     """A `Joiner` that can be saved with its configuration, and built again from the folder or the hub.
 
@@ -38,7 +59,7 @@ class PretrainedBackbone(  # type: ignore[misc]  # nn.Sequential and the mixin d
     def __init__(self, backbone: BackboneConfig | Mapping[str, Any]) -> None:
         config = backbone if isinstance(backbone, BackboneConfig) else config_from_dict(BackboneConfig, backbone)
         joiner = build_backbone(config)
-        super().__init__(joiner[0], joiner[1])
+        super().__init__(cast(BackboneBase, joiner[0]), joiner[1])
         self.config = config
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -47,9 +68,9 @@ class PretrainedBackbone(  # type: ignore[misc]  # nn.Sequential and the mixin d
         _write_config({"backbone": asdict(config)}, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, **options: Any) -> Self:
-        file = read_weights(_folder(model_id, revision))
-        module = cls(_told(options, "backbone", file.path))
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+        file = read_weights(model_id)
+        module = cls(_told(options, "backbone", model_id))
         own = module.state_dict()
         if file.tensors.keys() != own.keys():
             different = sorted(file.tensors.keys() ^ own.keys())
@@ -63,7 +84,7 @@ class PretrainedBackbone(  # type: ignore[misc]  # nn.Sequential and the mixin d
         return module
 
 
-class PretrainedDetector(nn.Module, ModelHubMixin, library_name="detr_backbone", tags=["object-detection", "detr"]):
+class PretrainedDetector(nn.Module, _FromFolder, library_name="detr_backbone", tags=["object-detection", "detr"]):
     """A detector that can be saved with its configuration and categories, and built again from the folder or the hub.
 
     Args:
@@ -107,23 +128,14 @@ class PretrainedDetector(nn.Module, ModelHubMixin, library_name="detr_backbone",
         _write_config({"detector": asdict(config), **names}, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, **options: Any) -> Self:
-        folder = _folder(model_id, revision)
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
         categories = {key: options.get(key, ()) for key in ("category_names", "category_ids")}
-        module = cls(_told(options, "detector", folder), **categories)
-        load_detector(module.detector, str(folder))
+        module = cls(_told(options, "detector", model_id), **categories)
+        load_detector(module.detector, model_id)
         return module
 
 
-def _folder(model_id: str, revision: str | None) -> Path:
-    if Path(model_id).is_dir():
-        return Path(model_id)
-    if revision is None:
-        raise WeightsError(f"`revision` must be a commit, a tag or a branch of {model_id} on the hub, got None")
-    return hub_folder(f"{model_id}@{revision}")
-
-
-def _told(options: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+def _told(options: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
     if not isinstance(options.get(key), Mapping):
         raise WeightsError(f"{CONFIG_NAME} lacks {key!r} | where: file={path} | fix: was it saved by this package?")
     told: Mapping[str, Any] = options[key]
