@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 ATTEMPTS = 3
+PAUSE = 0.5
+"""Seconds before the second attempt; before the third, twice that."""
 CHUNK = 1 << 20
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -77,11 +79,14 @@ def _fetch(url: str, path: Path, expected: str, timeout: float) -> None:
                 sha256 = _stream(url, partial, timeout)
                 break
             except (OSError, HTTPException) as error:
-                final = isinstance(error, HTTPError) and error.code < 500
+                final = False
+                if isinstance(error, HTTPError):
+                    error.close()  # it holds the connection
+                    final = error.code < 500
                 if final or attempt == ATTEMPTS:
                     raise _failure(url, path, str(error) or type(error).__name__) from error
                 logger.warning("download of %s broke off (%s); trying again", url, error)
-                time.sleep(0.5 * attempt)
+                time.sleep(PAUSE * attempt)
         if not sha256.startswith(expected):
             raise _failure(url, path, f"a file of SHA-256 {sha256[:16]}… expected {expected}…")
         partial.replace(path)
