@@ -21,7 +21,7 @@ from detr_backbone.checkpoints.write import write_weights
 from detr_backbone.detectors import DETR, DeformableDETR, DetectorConfig, build_detector
 from detr_backbone.errors import WeightsError
 from detr_backbone.position_encoding import PositionEncodingConfig
-from tests.conftest import Command
+from tests.processes import Command
 
 RESNET = BackboneConfig(name="resnet18", return_layers=("layer4",), hidden_dim=32)
 SMALL = DetectorConfig(

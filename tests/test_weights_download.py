@@ -18,7 +18,7 @@ from detr_backbone.weights import download as module
 from detr_backbone.weights.download import download
 from detr_backbone.weights.locate import locate_weights
 from detr_backbone.weights.zoo import ZOO
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 CONTENT = bytes(range(256)) * 40
 NAME = f"weights-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
