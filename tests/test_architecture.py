@@ -12,11 +12,7 @@ from tests.processes import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
 
-    "training": {"component", "detectors", "checkpoints", "coco", "evaluation", "visualize"},
-    "prediction": {"component", "detectors", "checkpoints", "coco", "training"},
-    "commands": {
-        *("component", "detectors", "checkpoints", "coco", "evaluation", "visualize", "report", "training", "prediction"),
-    },
+COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection", "weights"}
 """Folders of the component; the modules beside them belong to it too."""
 # part -> the parts it may import from, besides itself
 MAY_IMPORT = {

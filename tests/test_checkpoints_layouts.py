@@ -142,6 +142,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "learned": ("Detr", {"position_embedding_type": "learned"}),
     "dc5 r50": ("Detr", {"backbone": "resnet50", "dilation": True}),
     "deformable": ("DeformableDetr", {"num_feature_levels": 4}),
+    "deformable r50": ("DeformableDetr", {"num_feature_levels": 4, "backbone": "resnet50"}),
     "refine": ("DeformableDetr", {"num_feature_levels": 4, "with_box_refine": True}),
     "two_stage": (
         "DeformableDetr",

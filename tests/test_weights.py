@@ -18,6 +18,7 @@ from detr_backbone import Backbone
 from detr_backbone.errors import WeightsError
 from detr_backbone.weights.download import download
 from detr_backbone.weights.load import load_weights
+from detr_backbone.weights.zoo import ZOO
 
 NETWORK = torchvision.models.resnet18()
 STATE = NETWORK.state_dict()
@@ -66,6 +67,26 @@ def test_fewer_stages_take_fewer_tensors(saved) -> None:
     assert_loaded(backbone)
     assert backbone.weights is not None
     assert "layer4.1" in backbone.weights.left_out
+
+
+def test_a_deeper_network_is_refused_even_where_its_first_stages_fit(saved) -> None:
+    deeper = STATE | {key.replace("layer3.1", "layer3.2"): t for key, t in STATE.items() if key.startswith("layer3.1")}
+    with pytest.raises(WeightsError, match=r"another network .* key=layer3\.2\.conv1\.weight"):
+        Backbone("resnet18", weights=saved(deeper), return_layers=["layer2"])
+
+
+def test_a_published_detector_gives_its_backbone_by_name(saved, tmp_path: Path, monkeypatch) -> None:
+    path = Path(saved({"model": {f"backbone.0.body.{key}": tensor for key, tensor in STATE.items()}}))
+    name = f"detr-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
+    (tmp_path / "checkpoints").mkdir()
+    path.rename(tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setitem(ZOO, "detr_r50", replace(ZOO["detr_r50"], url=f"https://example.org/{name}"))
+    backbone = Backbone("resnet18", weights="detr_r50")
+
+    assert_loaded(backbone)
+    assert backbone.weights is not None
+    assert backbone.weights.inside == "model.backbone.0.body"
 
 
 def changed(key: str, tensor: Tensor | None) -> dict[str, Tensor]:

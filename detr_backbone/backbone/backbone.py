@@ -22,8 +22,8 @@ class Backbone(BackboneBase):
 
     Args:
         name: of a model of torchvision, such as "resnet50", or of timm, such as "timm/tf_efficientnet_lite0".
-        weights: None (random), the name of torchvision weights such as "IMAGENET1K_V1", or the path of a local file,
-            as `load_weights` takes them. DEFAULT is no such name: what it means changes with torchvision.
+        weights: None (random), a file, or the name of weights such as "IMAGENET1K_V1", as `locate_weights` takes them.
+            DEFAULT is no such name: what it means changes with torchvision.
         in_channels: C of the images; weights of 3 channels are adapted as `adapt_input_weight` says.
         dilation: keep the resolution of layer3 in layer4 (DC5); only ResNets of Bottleneck blocks can.
         norm: what stands where the network has BatchNorm; see BackboneConfig.

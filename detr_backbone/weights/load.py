@@ -20,6 +20,8 @@ from detr_backbone.weights.resnet_keys import find_layout, to_torchvision
 
 COUNTER = "num_batches_tracked"
 """What BatchNorm counts and frozen BatchNorm does not; it may be missing and may be left over."""
+CLASSIFIERS = ("fc", "classifier")
+"""What most networks call their classifier, which no backbone has."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -80,7 +82,7 @@ def load_weights(body: nn.Module, weights: str, *, name: str) -> WeightsReport:
     prefix = _common_prefix(file.path, state, own)
     rest = [key for key in state if not key.endswith(COUNTER) and key.removeprefix(prefix) not in own]
     inner = [key.removeprefix(prefix) for key in rest if key.startswith(prefix)]
-    _refuse_another_network(file.path, prefix, inner, body, name)
+    _refuse_another_network(file.path, prefix, inner, name)
     tensors = {key: state[prefix + key] for key in own}
     first = f"{first_convolution(body)[0]}.weight"
     in_channels = own[first].shape[1]
@@ -139,7 +141,9 @@ def _common_prefix(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Te
     if len(complete) == 1:
         return complete[0]
     if complete:
-        raise WeightsError(f"weights must hold the network once | where: file={path} | got it under {complete}")
+        raise WeightsError(
+            f"weights must hold the network once | where: file={path} | got it under {complete} | fix: keep one"
+        )
     best = min(prefixes, key=lambda prefix: len(missing[prefix]), default="")
     lacked = missing.get(best, keys)
     raise WeightsError(
@@ -148,20 +152,19 @@ def _common_prefix(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Te
     )
 
 
-def _refuse_another_network(path: Path, prefix: str, inner: Collection[str], body: nn.Module, name: str) -> None:
+def _refuse_another_network(path: Path, prefix: str, inner: Collection[str], name: str) -> None:
     """Raise where keys left over are of parts that the network has: of blocks that a deeper one would have."""
-    used = {child for child, _ in body.named_children()}
-    if not any(key.partition(".")[0] in used for key in inner):
-        return  # a classifier, or stages after the last level
-    network = build_network(name)
-    known = set(network.state_dict())
+    if all(key.partition(".")[0] in CLASSIFIERS for key in inner):
+        return
+    network = build_network(name)  # whole, with the stages after the last level
+    known, children = set(network.state_dict()), {child for child, _ in network.named_children()}
     classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()  # timm builds networks without it
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = {classifier} if isinstance(classifier, str) else set(classifier)
     foreign = [
         key
         for key in inner
         if key not in known
-        and key.partition(".")[0] in used
+        and key.partition(".")[0] in children
         and not any(f"{key}.".startswith(f"{head}.") for head in heads)
     ]
     if foreign:
