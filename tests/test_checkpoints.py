@@ -226,6 +226,18 @@ def test_another_number_of_queries_keeps_the_first_ones(weights: str, count: int
     assert report.resized == {"query_embed": 1}
 
 
+def test_queries_and_training_aids_of_mixed_selection_follow_the_new_detector(tmp_path: Path) -> None:
+    mixed = replace(DEFORMABLE, with_box_refine=True, two_stage=True, query_selection="mixed")
+    source = tensors_of(build_detector(mixed))
+    model = build_detector(replace(mixed, num_queries=4, num_classes=2, dn_number=2))
+    report = load_detector(model, saved(tmp_path / "weights.pth", source), init_classes="new")
+    queries = model.state_dict()["transformer.tgt_embed.weight"]
+
+    assert torch.equal(queries, source["transformer.tgt_embed.weight"][:4])
+    assert report.new["denoising"] == 1
+    assert report.resized == {"transformer.tgt_embed": 1}
+
+
 def test_the_same_classes_keep_their_head_whole(detr: DETR, weights: str, trained: dict[str, Tensor]) -> None:
     load_detector(detr, weights, init_classes="same")
 
@@ -286,6 +298,9 @@ CONFIGS = {
     "resnet34": replace(SMALL, backbone=replace(RESNET, name="resnet34")),
     "deformable": DEFORMABLE,
     "two stages": replace(DEFORMABLE, with_box_refine=True, two_stage=True, num_queries=300),
+    "mixed selection": replace(
+        DEFORMABLE, with_box_refine=True, two_stage=True, query_selection="mixed", num_queries=7
+    ),
     "one level": replace(
         DEFORMABLE, num_feature_levels=1, backbone=replace(DEFORMABLE.backbone, return_layers=("layer4",))
     ),

@@ -44,6 +44,7 @@ WRAPPED = {
     "model": {"model": STATE, "epoch": 3},
     "state_dict": {"state_dict": behind("module."), "pytorch-lightning_version": "2.0"},
     "ema.module": {"ema": {"module": STATE, "updates": 7}, "model": behind("other.")},
+    "average": {"model": behind("other."), "average": behind("module.")},
     "teacher": {"student": behind("other."), "teacher": behind("module.")},
     "model_state_dict": {"model_state_dict": behind("_orig_mod."), "optimizer_state_dict": {"state": {}}},
     "module": {"module": behind("_fsdp_wrapped_module.") | {"n_averaged": torch.tensor(3)}},

@@ -104,11 +104,17 @@ def _config(
         )
     levels = len(state["transformer.level_embed"])
     two_stage = "transformer.enc_output.weight" in state
+    mixed = state.get("transformer.tgt_embed.weight")
     refine = told.get("with_box_refine", any(key.startswith("transformer.decoder.bbox_embed.") for key in state))
+    if two_stage:
+        num_queries = told.get("num_queries", 300) if mixed is None else len(mixed)
+    else:
+        num_queries = len(state["query_embed.weight"])
     per_point = levels * common["nheads"]
     return DetectorConfig(
         name="deformable_detr",
-        num_queries=told.get("num_queries", 300) if two_stage else len(state["query_embed.weight"]),
+        num_queries=num_queries,
+        query_selection="published" if mixed is None else "mixed",
         num_feature_levels=levels,
         enc_n_points=len(state[f"{encoder}.0.self_attn.attention_weights.weight"]) // per_point,
         dec_n_points=len(state[f"{decoder}.0.cross_attn.attention_weights.weight"]) // per_point,

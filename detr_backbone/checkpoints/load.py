@@ -17,8 +17,9 @@ from detr_backbone.weights.load import COUNTER, check_tensor
 from detr_backbone.weights.locate import MeanStd
 
 InitClasses = Literal["same", "new", "by_name"]
-NOT_OF_THE_DETECTOR = ("criterion", "bbox_attention", "mask_head")
-"""Parts that files hold besides a detector and that are left out: losses, and DETR's segmentation head."""
+NOT_OF_THE_DETECTOR = ("criterion", "bbox_attention", "mask_head", "denoising")
+"""Parts that files hold besides a detector and that are left out: losses, DETR's segmentation head, training aids."""
+QUERIES = ("query_embed.weight", "transformer.tgt_embed.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def load_detector(
             raise WeightsError(f"`init_classes` must be: {unknown_name(init_classes, ('same', 'new', 'by_name'))}")
         heads = [key for key in own if _is_class_head(key)]
         if init_classes == "new":
-            new = heads
+            new += heads
         elif init_classes == "by_name":
             matches = _match_classes(source, category_names)
             copied = tuple(category_names[index] for index in matches)
@@ -119,11 +120,13 @@ def load_detector(
                 if key in state:
                     state[key] = _copy_rows(own[key], state[key], matches, background=not deformable)
             resized += heads
-        if "query_embed.weight" in own and "query_embed.weight" in state:
-            queries = _resize_queries(own["query_embed.weight"], state["query_embed.weight"])
+        # The embeddings of noised labels are a training aid with one row for each class.
+        new += [key for key in own if key.startswith("denoising.") and (init_classes != "same" or key not in state)]
+        for key in QUERIES:
+            queries = _resize_queries(own[key], state[key]) if key in own and key in state else None
             if queries is not None:
-                state["query_embed.weight"] = queries
-                resized.append("query_embed.weight")
+                state[key] = queries
+                resized.append(key)
     _check(path, own, state, new)
     model.load_state_dict({key: own[key] if key in new else state[key] for key in own})
     return LoadReport(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr_backbone.errors import WeightsError
 
-AVERAGED = ("ema", "model_ema", "ema_state_dict", "ema_model", "ema_state", "teacher")
+AVERAGED = ("average", "ema", "model_ema", "ema_state_dict", "ema_model", "ema_state", "teacher")
 """Where files keep averaged weights: what their authors evaluated, so it is read before `WRAPPERS`."""
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "student")
 _WRAPPED_MODULES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
