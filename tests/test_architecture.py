@@ -26,7 +26,17 @@ MAY_IMPORT = {
     "training": {"component", "detectors", "checkpoints", "coco", "evaluation", "visualize"},
     "prediction": {"component", "detectors", "checkpoints", "coco", "training"},
     "commands": {
-        *("component", "detectors", "checkpoints", "coco", "evaluation", "visualize", "report", "training", "prediction"),
+        *(
+            "component",
+            "detectors",
+            "checkpoints",
+            "coco",
+            "evaluation",
+            "visualize",
+            "report",
+            "training",
+            "prediction",
+        ),
     },
 }
 # what the component may import: torch, torchvision, what these install, and the standard library; inside of the one

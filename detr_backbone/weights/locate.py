@@ -36,7 +36,11 @@ def locate_weights(weights: str, *, name: str | None = None) -> Located:
         WeightsError: there is no such file or name, or the download failed.
         ConfigError: a library is missing that the name needs.
     """
-    if Path(weights).exists():
+    try:
+        is_local = Path(weights).exists()
+    except (OSError, ValueError) as error:  # no name of a file, such as one that is too long
+        raise WeightsError(f"weights file cannot be opened | where: file={weights[:80]!r} | got {error}") from error
+    if is_local:
         return Located(path=Path(weights))
     if weights in ZOO:
         return Located(path=_zoo_file(weights), mean_std=IMAGENET_MEAN_STD)
