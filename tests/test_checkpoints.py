@@ -17,7 +17,7 @@ from detr_backbone.checkpoints.detector_file import read_detector
 from detr_backbone.checkpoints.layouts import Layout, from_original
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.checkpoints.open import open_detector
-from detr_backbone.checkpoints.write import write_weights
+from detr_backbone.checkpoints.write import convert_weights, write_weights
 from detr_backbone.detectors import DETR, DeformableDETR, DetectorConfig, build_detector
 from detr_backbone.errors import WeightsError
 from detr_backbone.position_encoding import PositionEncodingConfig
@@ -395,3 +395,8 @@ def test_the_script_writes_other_names_that_read_back_equal(
     assert source.layout == Layout(names="huggingface", resnet="huggingface")
     assert source.state.keys() == trained.keys()
     assert all(torch.equal(source.state[key], tensor) for key, tensor in trained.items())
+
+
+def test_tensors_of_unknown_names_are_not_converted() -> None:
+    with pytest.raises(WeightsError, match=r"names that are known, got 1 tensors such as 'blocks\.0\.w'"):
+        convert_weights({"blocks.0.w": torch.ones(1)}, names="huggingface")

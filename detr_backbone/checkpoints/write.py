@@ -1,6 +1,7 @@
 """Weights written under the names of another library."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,12 +22,21 @@ def convert_weights(
         tensors: of a detector, or of a ResNet alone.
         names: the names wanted for a detector; a ResNet alone has only those of `resnet`.
         resnet: the names wanted for the ResNet.
+
+    Raises:
+        WeightsError: the names are those of no layout that is known.
     """
     try:
         layout = find_detector_layout(tensors)
     except WeightsError:
         resnet_layout = find_layout(tensors)
-        return f"{resnet_layout} names", from_torchvision(to_torchvision(tensors, resnet_layout), resnet)
+        renamed = to_torchvision(tensors, resnet_layout)
+        if not any(re.search(r"(^|\.)layer1\.0\.conv1\.weight$", key) for key in renamed):
+            raise WeightsError(
+                f"weights must be of DETR, Deformable DETR or a ResNet under names that are known, got {len(tensors)} "
+                f"tensors such as {next(iter(tensors), None)!r}"
+            ) from None
+        return f"{resnet_layout} names", from_torchvision(renamed, resnet)
     return str(layout), from_original(to_original(tensors, layout), Layout(names=names, resnet=resnet))
 
 
