@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from detr_backbone.errors import ConfigError, WeightsError, unknown_name
 from detr_backbone.networks.build import TIMM
+from detr_backbone.networks.pretraining import pretraining_of
 from detr_backbone.weights.download import cache_folder, download
 from detr_backbone.weights.hub import PREFIX, hub_folder
 from detr_backbone.weights.zoo import ZOO
@@ -78,12 +78,12 @@ def _of_torchvision(name: str, weights: str) -> Located:
         raise WeightsError(
             f"`weights` of {name} must be a file or a torchvision name: {unknown_name(weights, names, also=ZOO)}"
         )
-    transforms: Any = known[weights].transforms()
-    mean, std = getattr(transforms, "mean", None), getattr(transforms, "std", None)
-    return Located(
-        path=download(known[weights].url, cache_folder()),
-        mean_std=(tuple(mean), tuple(std)) if mean is not None and std is not None else None,
-    )
+    return Located(path=download(known[weights].url, cache_folder()), mean_std=_mean_std(name, weights))
+
+
+def _mean_std(name: str, weights: str | None = None) -> MeanStd | None:
+    pretraining = pretraining_of(name, weights)
+    return None if pretraining is None else (pretraining.mean, pretraining.std)
 
 
 def _of_timm(name: str, weights: str) -> Located:
@@ -108,4 +108,4 @@ def _of_timm(name: str, weights: str) -> Located:
     except WeightsError as error:
         make = f"timm.create_model('{architecture}.{config.tag}', pretrained=True).state_dict()"
         raise WeightsError(f"{error}; where the hub can be reached: torch.save({make}, PATH)") from error
-    return Located(path=path, mean_std=(tuple(config.mean), tuple(config.std)))
+    return Located(path=path, mean_std=_mean_std(f"{TIMM}{architecture}.{config.tag}"))
