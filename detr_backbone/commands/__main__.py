@@ -19,7 +19,7 @@ COMMANDS = {
     "make-subset": "write a part of a dataset as a dataset",
     "compare": "compare two detectors on the same images",
     "inspect": "describe the layers of a detector, and draw what they hold",
-    "convert-weights": "rename the tensors of a weights file to the keys of a network",
+    "convert-weights": "write weights under the names of another library",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from detr_backbone.checkpoints.load import InitClasses
 from detr_backbone.coco.findings import DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.coco.transforms import TransformConfig
@@ -115,6 +116,10 @@ class TrainConfig:
     Args:
         output_dir: the folder of checkpoints, log and resolved configuration.
         detector: the detector.
+        init_from: start from a whole detector: a file, a published one such as detr_r50, or
+            hf-hub:OWNER/NAME@REVISION. The detector must be the same but for its classes and queries.
+        init_classes: its class head: new starts it anew; by_name copies the classes of equal name and starts the others
+            anew; same keeps it whole, for the same classes in the same order.
         data: the data.
         optimizer: the optimiser.
         mixed_precision: "bf16" computes the detector under autocast.
@@ -128,6 +133,8 @@ class TrainConfig:
 
     output_dir: str = "runs/run"
     detector: DetectorConfig = field(default_factory=DetectorConfig)
+    init_from: str | None = None
+    init_classes: InitClasses = "new"
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixed_precision: Literal["no", "bf16"] = "no"

@@ -1,11 +1,12 @@
 """Training a detector: one loop, on a CPU, a GPU, or several of them under DDP, that ends with COCO's numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detr_backbone.calibration import calibrate_frozen_batch_norm
+from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.coco.annotations import refuse
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.findings import KINDS
@@ -80,7 +81,7 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
         log.say(f"resumed after epoch {previous.epoch}")
     else:
         seed_epoch(loader, config.seed, epoch=0, rank=rank)
-        log.say(_start(model, config, loader, accelerator))
+        log.say(_start(model, config, loader, accelerator, train_set.category_names))
     if accelerator.is_main_process:
         save_config(config, folder / "config.yaml", remarks=_identities(train_set, val_set))
     # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
@@ -123,14 +124,24 @@ def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
 
 
 def _build_model(config: TrainConfig, *, resumed: bool) -> DETR | DeformableDETR:
-    model = build_detector(without_pretrained(config.detector) if resumed else config.detector)
+    whole = resumed or config.init_from is not None
+    model = build_detector(without_pretrained(config.detector) if whole else config.detector)
     if config.compile:
         model.compile()
     return model
 
 
-def _start(model: DETR | DeformableDETR, config: TrainConfig, loader: Loader, accelerator: "Accelerator") -> str:
-    """Give the backbone of a new run what it starts from, and say what that is."""
+def _start(
+    model: DETR | DeformableDETR,
+    config: TrainConfig,
+    loader: Loader,
+    accelerator: "Accelerator",
+    category_names: Sequence[str],
+) -> str:
+    """Give a new run what it starts from, and say what that is."""
+    if config.init_from is not None:
+        loaded = load_detector(model, config.init_from, init_classes=config.init_classes, category_names=category_names)
+        return f"{loaded}\n{loaded.compare_images(config.data.transforms.mean, config.data.transforms.std)}"
     report = model.backbone[0].weights
     if report is not None:
         return f"backbone: {report}"
