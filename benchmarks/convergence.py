@@ -171,6 +171,7 @@ def _train(variant: str, seed: int, recipe: str, output: str, arguments: list[st
     start = time.perf_counter()
     result = train(config)
     seconds = time.perf_counter() - start
+    assert result is not None  # the recipe evaluates
 
     model, config = detector_of(load_checkpoint(run_folder / "checkpoint.pt"))
     accelerator = build_accelerator(config.mixed_precision)

@@ -44,6 +44,14 @@ class CheckpointError(DetrBackboneError):
     """A training checkpoint that is damaged, incomplete, or belongs to another configuration."""
 
 
+class ResourceError(DetrBackboneError):
+    """Memory, disk space or a process that the machine could not give."""
+
+
+class DistributedError(DetrBackboneError):
+    """Processes of one run that disagree, or of which one no longer answers."""
+
+
 def unknown_name(name: str, known: Iterable[str], *, also: Iterable[str] = ()) -> str:
     """Return what to tell a user who asked for a name that does not exist: what exists, and the nearest match.
 

@@ -2,26 +2,26 @@
 
 from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from detr_backbone.training.config import (
-    DataConfig,
-    OptimizerConfig,
-    SplitConfig,
     TrainConfig,
     config_from_dict,
     config_parser,
     config_to_dict,
     parse_config,
 )
-from detr_backbone.training.data import open_split
+from detr_backbone.training.data import DataConfig, SplitConfig, open_split
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.engine import train
 from detr_backbone.training.inference import detector_of, evaluate
 from detr_backbone.training.normalisation import check_normalisation
+from detr_backbone.training.optimizer import OptimizerConfig
+from detr_backbone.training.signals import Stopped
 
 __all__ = [
     "Checkpoint",
     "DataConfig",
     "OptimizerConfig",
     "SplitConfig",
+    "Stopped",
     "TrainConfig",
     "build_accelerator",
     "check_normalisation",

@@ -1,8 +1,10 @@
 """Checkpoints: all that a run needs to go on, and that a prediction needs to name what it sees."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,47 @@ from torch.optim.lr_scheduler import LRScheduler
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
 
-MAY_CHANGE = ("resume", "output_dir", "eval_every", "optimizer.epochs", "data.num_workers")
-KEYS = ("model", "optimizer", "schedule", "epoch", "config", "category_ids", "category_names")
+MAY_CHANGE = (
+    *("resume", "output_dir", "eval_every", "optimizer.epochs", "early_stopping", "data.num_workers", "data.timeout"),
+    *("data.train.images", "data.train.annotations", "data.val.images", "data.val.annotations", "data.eval_backend"),
+    *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "trackers", "log_every", "collective_timeout"),
+    *("data.batch_size", "optimizer.accumulate_steps"),  # as long as their product with the processes stays
+    *("dry_run", "overfit", "replay"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The state of a run after a whole number of epochs.
+    """The state of a run after any step. What is random needs no state: it follows from seed and step.
 
     Attributes:
         model: the detector's state dict, under the published keys.
+        average: the state dict of the averaged detector, where `ema_decay` asks for one.
         optimizer, schedule: their state dicts.
-        epoch: epochs that are done.
+        step: optimiser steps that are done.
+        epoch: whole epochs that are done.
+        images_per_step: images that one step takes over all processes.
+        seconds: that the run took so far, over all its parts.
+        losses: sums of the losses of the epoch so far.
+        rows: the rows of `metrics.csv`, one per epoch.
+        threshold: score from which detections have the best F1 on the validation split, as last evaluated.
+        data: the hash of each split.
         config: the resolved configuration, as `config_to_dict` gives it.
         category_ids, category_names: the dataset's id and name of each label.
     """
 
     model: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None = None
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
+    step: int
     epoch: int
+    images_per_step: int
+    seconds: float
+    losses: Mapping[str, Any]
+    rows: Sequence[Mapping[str, float]]
+    threshold: float | None
+    data: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any]
     category_ids: tuple[int, ...]
     category_names: tuple[str, ...]
@@ -44,34 +67,84 @@ class Checkpoint:
         return dict(zip(self.category_ids, self.category_names, strict=True))
 
 
+KEYS = tuple(entry.name for entry in fields(Checkpoint))
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint; at every moment `path` holds either the old one or the new one, whole."""
+    """Write a checkpoint; at every moment `path` holds either the old one or the new one, whole.
+
+    Raises:
+        CheckpointError: the file cannot be written, as where the disk is full; nothing of it stays.
+    """
     temporary = path.with_suffix(".partial")
-    with temporary.open("wb") as file:
-        torch.save({key: getattr(checkpoint, key) for key in KEYS}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save({key: getattr(checkpoint, key) for key in KEYS}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the file could not be written
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
+        need, free = checkpoint_bytes(checkpoint), shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"checkpoint cannot be written | where: file={path} | got {cause} expected {need:,} bytes "
+            f"of space, {free:,} are free | fix: make room; what stood there before is whole"
+        ) from error
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of a checkpoint's tensors, which are nearly all of its file."""
+    stack: list[Any] = [checkpoint.model, checkpoint.average, checkpoint.optimizer]
+    total = 0
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            total += value.nbytes
+        elif isinstance(value, Mapping):
+            stack += value.values()
+    return total
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint of `save_checkpoint`, on the CPU, running no code that the file might hold.
 
+    The checksum of every part of the file is compared first: torch would load a flipped bit as another weight.
+
     Raises:
         CheckpointError: the file does not exist, is damaged, or is no such checkpoint.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, few of which name the file
         raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {error}") from error
+    if damaged:
+        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got another checksum for {damaged}")
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise CheckpointError(f"checkpoint lacks {', '.join(missing)} | where: file={path} | fix: was it saved here?")
     return Checkpoint(**{key: content[key] for key in KEYS})
 
 
-def refuse_another_run(checkpoint: Checkpoint, config: TrainConfig, categories: Mapping[int, str]) -> None:
-    """Refuse to continue a run with other settings or other categories; it may only become longer, or report otherwise.
+def refuse_another_run(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    categories: Mapping[int, str],
+    *,
+    data: Mapping[str, str],
+    images_per_step: int,
+) -> None:
+    """Refuse to continue a run with other settings, data or categories; it may become longer, or report otherwise.
+
+    Args:
+        checkpoint: of the run.
+        config: what is asked for now.
+        categories: id and name of each label of the data.
+        data: the hash of each split.
+        images_per_step: images that one step takes now, over all processes; the schedule and the order of the images
+            count in such steps.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -86,6 +159,19 @@ def refuse_another_run(checkpoint: Checkpoint, config: TrainConfig, categories: 
             )
     if categories != checkpoint.categories:
         raise CheckpointError(f"a resumed run keeps its categories | got {categories} expected {checkpoint.categories}")
+    for split, sha256 in data.items():
+        if checkpoint.data.get(split, sha256) != sha256:
+            raise CheckpointError(
+                f"a resumed run keeps its data | where: key=data.{split} file={asked[f'data.{split}.annotations']} | "
+                f"got sha256 {sha256[:12]} expected {checkpoint.data[split][:12]} | fix: restore the annotation file, "
+                "or start a run of its own"
+            )
+    if images_per_step != checkpoint.images_per_step:
+        raise CheckpointError(
+            f"a resumed run keeps its images per step | where: key=data.batch_size | got {images_per_step} over all "
+            f"processes expected {checkpoint.images_per_step} | fix: data.batch_size x optimizer.accumulate_steps x "
+            "processes must be that number"
+        )
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> None:
@@ -94,19 +180,26 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, sche
     Raises:
         CheckpointError: it belongs to another detector.
     """
-    load_model(checkpoint, model)
+    _load_state(model, checkpoint.model)
     optimizer.load_state_dict(dict(checkpoint.optimizer))
     schedule.load_state_dict(dict(checkpoint.schedule))
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load the detector of a checkpoint, every tensor of it.
+    """Load the detector of a checkpoint for use, every tensor of it: the averaged one where there is one.
 
     Raises:
-        CheckpointError: it belongs to another detector; the message names the first difference.
+        CheckpointError: it belongs to another detector, or is not finite; the message names the first difference.
     """
+    _load_state(model, checkpoint.model if checkpoint.average is None else checkpoint.average)
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"checkpoint holds NaN or infinity | where: key={bad[0]} | got it in {len(bad)} tensors")
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(state)
     except RuntimeError as error:
         first, *others = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         more = f" and {len(others)} more differences" if others else ""

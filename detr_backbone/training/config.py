@@ -1,112 +1,28 @@
 """Everything that decides a run, in one configuration: defaults, then YAML files, then `--key.sub value`."""
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
 from detr_backbone.checkpoints.load import InitClasses
-from detr_backbone.coco.findings import DataPolicies
-from detr_backbone.coco.selection import SubsetConfig
-from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
-from detr_backbone.evaluation.evaluator import Backend
 from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_of
+from detr_backbone.training.data import DataConfig
+from detr_backbone.training.optimizer import OptimizerConfig
 from detr_backbone.training.recipes import find_recipe
+from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misread_arguments, refuse_surprises
 
-
-@dataclass(frozen=True, kw_only=True)
-class SplitConfig:
-    """One part of a dataset in COCO format.
-
-    Args:
-        images: the folder of the pictures.
-        annotations: the JSON file.
-        subset: which of its images; without any option, all of them.
-    """
-
-    images: str = ""
-    annotations: str = ""
-    subset: SubsetConfig = field(default_factory=SubsetConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained on, and what is evaluated.
-
-    Args:
-        train: the training split.
-        val: the split that is evaluated.
-        policies: what is done about faults of the annotations that need not be refused.
-        transforms: how pictures are resized, varied and normalised.
-        batch_size: images per batch and process.
-        pad_to_multiple_of: divides the sides of every batch; with `compile`, it bounds the number of sizes that are
-            compiled.
-        group_by_aspect_ratio: let images of similar shape share a batch in training, which leaves less padding but is
-            not what the papers did. Evaluation always does so.
-        num_workers: processes that read images; 0 reads them in the training process.
-        timeout: seconds without a batch from the workers, as where storage stalls, that end a run; 0 waits for ever.
-        eval_backend: what computes COCO's numbers: pycocotools, the reference, or this package's own matching, which
-            gives the same to 1e-12 in a fraction of the time.
-    """
-
-    train: SplitConfig = field(default_factory=SplitConfig)
-    val: SplitConfig = field(default_factory=SplitConfig)
-    policies: DataPolicies = field(default_factory=DataPolicies)
-    transforms: TransformConfig = field(default_factory=TransformConfig)
-    batch_size: int = 2
-    pad_to_multiple_of: int = 1
-    group_by_aspect_ratio: bool = False
-    num_workers: int = 2
-    timeout: int = 0
-    eval_backend: Backend = "pycocotools"
-
-    def __post_init__(self) -> None:
-        for key, least in (("batch_size", 1), ("num_workers", 0), ("pad_to_multiple_of", 1), ("timeout", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"`data.{key}` must be at least {least}, got {getattr(self, key)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its schedule; option names and defaults are those of DETR (arXiv 2005.12872, section A.4).
-
-    Args:
-        lr: learning rate outside the backbone.
-        lr_backbone: learning rate of the backbone.
-        lr_linear_proj_mult: factor on `lr` for sampling offsets and reference points; Deformable DETR publishes 0.1
-            (arXiv 2010.04159, section 5).
-        weight_decay: of every parameter.
-        clip_max_norm: the gradient's norm is clipped to it; 0 does not clip.
-        epochs: passes over the training data.
-        warmup_steps: steps over which the learning rate rises from 0.
-        schedule: "step" multiplies by 0.1 after `lr_drop` epochs; "cosine" falls to 0 over the whole run.
-        lr_drop: epochs before the drop of "step".
-    """
-
-    lr: float = 1e-4
-    lr_backbone: float = 1e-5
-    lr_linear_proj_mult: float = 1.0
-    weight_decay: float = 1e-4
-    clip_max_norm: float = 0.1
-    epochs: int = 300
-    warmup_steps: int = 0
-    schedule: Literal["step", "cosine"] = "step"
-    lr_drop: int = 200
-
-    def __post_init__(self) -> None:
-        for key in ("lr", "epochs"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(f"`optimizer.{key}` must be positive, got {getattr(self, key)}")
-        for key in ("lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "warmup_steps", "lr_drop"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"`optimizer.{key}` must not be negative, got {getattr(self, key)}")
+YAML = "yaml_text"  # the name under which jsonargparse knows `load_yaml`
+MAX_INTEGER = 2**31 - 1
+MAX_SEED = 2**32 - 1  # of NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +30,7 @@ class TrainConfig:
     """One run: a detector, its data, its optimiser.
 
     Args:
-        output_dir: the folder of checkpoints, log and resolved configuration.
+        output_dir: the folder of checkpoints, metrics and resolved configuration.
         detector: the detector.
         init_from: start from a whole detector: a file, a published one such as detr_r50, or
             hf-hub:OWNER/NAME@REVISION. The detector must be the same but for its classes and queries.
@@ -126,9 +42,21 @@ class TrainConfig:
         compile: compile the detector with torch.compile: minutes at the start, less time for every step after.
         calibration_images: training images from which a backbone without pretrained weights takes its frozen BatchNorm
             statistics before the first step; 0 leaves them at (0, 1).
+        ema_decay: decay of an average of the weights that is evaluated in their place, such as 0.9998; 0 keeps none.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
-        seed: of weights, order and transforms.
-        resume: continue from the checkpoint in `output_dir`.
+        early_stopping: evaluations without a better AP after which the run ends; 0 never ends it early.
+        seed: of weights, order, transforms and dropout.
+        resume: true continues from the newest checkpoint in `output_dir` that is whole; auto does so where there is
+            one, and starts a run where there is none, as a job needs that may be stopped at any time.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for one at the end of each epoch only.
+        checkpoint_minutes: the same in minutes.
+        keep_checkpoints: newest checkpoints that are kept, besides that of the best AP.
+        trackers: experiment trackers that get what `metrics.csv` gets: tensorboard, wandb, mlflow.
+        log_every: seconds between lines where the output is no terminal.
+        collective_timeout: seconds after which processes no longer wait for one that does not come.
+        dry_run: take one batch through everything, say what the run would be, and end.
+        overfit: train on that many images and evaluate on the same ones, to see whether anything is learnt at all.
+        replay: a batch that a run saved because its numbers were not finite, to be computed once more.
     """
 
     output_dir: str = "runs/run"
@@ -140,14 +68,32 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     calibration_images: int = 256
+    ema_decay: float = 0.0
     eval_every: int = 1
+    early_stopping: int = 0
     seed: int = 0
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
+    keep_checkpoints: int = 2
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    log_every: float = 60.0
+    collective_timeout: int = 600
+    dry_run: bool = False
+    overfit: int = 0
+    replay: str | None = None
 
     def __post_init__(self) -> None:
-        for key, least in (("eval_every", 1), ("calibration_images", 0), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"`{key}` must be at least {least}, got {getattr(self, key)}")
+        least = {"eval_every": 1, "keep_checkpoints": 1, "collective_timeout": 1}
+        least |= dict.fromkeys(("calibration_images", "early_stopping", "seed", "checkpoint_every", "overfit"), 0)
+        least |= dict.fromkeys(("checkpoint_minutes", "log_every"), 0)
+        for key, bound in least.items():
+            if not bound <= getattr(self, key) < math.inf:
+                raise ConfigError(f"`{key}` must be at least {bound}, got {getattr(self, key)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"`seed` must be at most {MAX_SEED}, got {self.seed}")
         if self.detector.backbone.in_channels != 3:
             raise ConfigError(
                 f"`detector.backbone.in_channels` must be 3 for image files, which are read as RGB, got "
@@ -156,11 +102,12 @@ class TrainConfig:
 
 
 class _YamlFile(ActionConfigFile):
-    """`--config F`, a file or a recipe's name; refuses keys that do not exist or that stand twice, with their lines."""
+    """`--config F`, a file or the name of a recipe; refuses what misleads, unknown keys, and keys that stand twice."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
             path = find_recipe(str(values))
+            refuse_surprises(read_text(path), source=str(path))
             parser.lines |= {key: (path, line) for key, line in lines_of(path, parser.keys).items()}
             refuse_duplicate_keys(path)
         except ConfigError as error:
@@ -171,7 +118,8 @@ class _YamlFile(ActionConfigFile):
 
 def config_parser(description: str) -> OneLineParser:
     """A command line that takes `--config F` and every key of TrainConfig as `--key.sub value`; later ones win."""
-    parser = OneLineParser(description=description, keys=keys_of(TrainConfig) | {"config": str})
+    set_loader(YAML, load_yaml, exceptions=(yaml.YAMLError, ConfigError))
+    parser = OneLineParser(description=description, keys=keys_of(TrainConfig) | {"config": str}, parser_mode=YAML)
     parser.add_argument(
         "--config", action=_YamlFile, help="YAML file, or the name of a recipe; several are read in order"
     )
@@ -182,6 +130,11 @@ def config_parser(description: str) -> OneLineParser:
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for; what is wrong with it ends the program with one message."""
     parser = config_parser("Train a detector on a dataset in COCO format, and evaluate it.")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        refuse_misread_arguments(arguments)
+    except ConfigError as error:
+        parser.error(str(error))
     return config_of(parser, parser.parse_args(arguments))
 
 
@@ -193,6 +146,7 @@ def override_config(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
     """
     if not words:
         return config
+    refuse_misread_arguments(words)
     parser = config_parser("")
     parser.exit_on_error = False
     parser.set_defaults(dict(flat(config_to_dict(config))))
@@ -203,10 +157,39 @@ def config_of(parser: ArgumentParser, parsed: Namespace) -> TrainConfig:
     """The configuration in what a `config_parser` parsed."""
     keys = TrainConfig.__dataclass_fields__
     try:
+        refuse_empty_values(vars(parsed), TrainConfig)
         instantiated = parser.instantiate(parsed)
-        return TrainConfig(**{key: instantiated[key] for key in keys})
+        config = TrainConfig(**{key: instantiated[key] for key in keys})
+        refuse_huge_integers(config)
+        return config
     except ConfigError as error:
         parser.error(str(error))
+
+
+def refuse_empty_values(content: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
+    """Refuse null for an option that takes none; a YAML file reaches a dataclass with it, unchecked.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, hint in get_type_hints(kind).items():
+        value = content.get(key, ...)
+        if value is None and type(None) not in get_args(hint):
+            raise ConfigError(f"`{prefix}{key}` must have a value, got null")
+        if is_dataclass(hint) and value is not ...:
+            refuse_empty_values(value if isinstance(value, Mapping) else vars(value), hint, f"{prefix}{key}.")
+
+
+def refuse_huge_integers(config: TrainConfig) -> None:
+    """Refuse integers that no run can use, before they end in an error of memory or arithmetic.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, value in flat(config_to_dict(config)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > MAX_INTEGER and key != "seed":
+                raise ConfigError(f"`{key}` must be at most {MAX_INTEGER}, got {number:.3g}")
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

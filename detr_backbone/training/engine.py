@@ -1,215 +1,158 @@
 """Training a detector: one loop, on a CPU, a GPU, or several of them under DDP, that ends with COCO's numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
 
-from detr_backbone.calibration import calibrate_frozen_batch_norm
-from detr_backbone.checkpoints.load import load_detector
-from detr_backbone.coco.annotations import refuse
-from detr_backbone.coco.dataset import CocoDetection
-from detr_backbone.coco.findings import KINDS
-from detr_backbone.coco.rules import more_boxes_than_queries
-from detr_backbone.coco.subset import image_ids_sha256
-from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector, build_postprocess
-from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.evaluation.result import CocoResult
-from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
-from detr_backbone.nested_tensor import NestedTensor
-from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, refuse_another_run, restore, save_checkpoint
-from detr_backbone.training.config import TrainConfig, config_to_dict, save_config
-from detr_backbone.training.data import Loader, open_split, seed_epoch, train_loader
+from detr_backbone.training.config import TrainConfig, save_config
+from detr_backbone.training.curves import draw_curves
 from detr_backbone.training.devices import build_accelerator
-from detr_backbone.training.inference import evaluate, without_pretrained
+from detr_backbone.training.dry_run import describe_run
+from detr_backbone.training.finite import replay
 from detr_backbone.training.normalisation import check_normalisation
-from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient, describe_groups
-from detr_backbone.training.progress import Means, RunLog
+from detr_backbone.training.overfit import overfit_config, overfit_verdict
+from detr_backbone.training.progress import Means, write_rows
+from detr_backbone.training.ranks import Ranks
+from detr_backbone.training.run import Run
+from detr_backbone.training.run_folder import RunFolder
+from detr_backbone.training.signals import Stopped, StopSignals
+from detr_backbone.training.trackers import require_trackers, start_trackers, track
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-CHECKPOINT = "checkpoint.pt"
-
-
-def train(config: TrainConfig) -> CocoResult:
+def train(config: TrainConfig) -> CocoResult | None:
     """Train the detector of a configuration and return its numbers on the validation split after the last epoch.
 
-    Writes into `config.output_dir`: `config.yaml` (resolved), `metrics.csv` (a row per epoch) and `checkpoint.pt`
-    (after every epoch). Runs in one process, or in several under `torchrun`.
+    Writes into `config.output_dir`: `config.yaml` (resolved), `metrics.csv` (a row per epoch), `curves.png`,
+    `checkpoint.pt` (after every epoch, and as often as configured), those before it, and `checkpoint_best.pt`. Runs in
+    one process, or in several under `torchrun`. With `dry_run`, `overfit` or `replay` it does what those say instead.
+
+    Returns:
+        None without a validation split, and where nothing was trained.
 
     Raises:
-        ConfigError: the configuration contradicts itself or the data.
+        ConfigError: the configuration contradicts itself or the data, or the folder cannot be used.
         AnnotationError, DataError: a dataset contradicts itself, or files are missing.
         NumericsError: a loss or an output is not finite; the message names it and the images.
-        CheckpointError: `resume` finds no checkpoint or that of another run; without it, the folder holds one.
+        CheckpointError: `resume` finds no whole checkpoint or that of another run; without it, the folder holds one; or
+            a checkpoint cannot be written.
+        DistributedError: the processes were given different things, or one of them is gone.
+        ResourceError: memory ran out, or a process that reads images ended.
+        Stopped: a signal came; the run goes on with `resume`.
     """
-    accelerator = build_accelerator(config.mixed_precision)
+    if config.replay is not None:
+        print(replay(config.replay))
+        return None
+    check_normalisation(config)
+    require_trackers(config.trackers)
+    if config.overfit:
+        config = overfit_config(config)
+    accelerator = build_accelerator(
+        config.mixed_precision,
+        timeout=config.collective_timeout,
+        trackers=config.trackers,
+        folder=config.output_dir,
+    )
+    ranks = Ranks(accelerator, timeout=config.collective_timeout)
+    folder = RunFolder(config.output_dir, keep=config.keep_checkpoints)
     try:
-        return _train(config, accelerator)
+        with ranks.together(), folder.claim() if accelerator.is_main_process else nullcontext():
+            run = Run(config, folder, accelerator, ranks)
+            if config.dry_run:
+                run.log.say(describe_run(run))
+                return None
+            return run_to_the_end(run)
+    except (Stopped, KeyboardInterrupt) as end:
+        # Ctrl-C itself comes before the first step, or a second time while the last step is saved.
+        stop = end if isinstance(end, Stopped) else Stopped("stopped by Ctrl-C at once | go on with --resume auto")
+        if accelerator.is_main_process:
+            print(stop.message, file=sys.stderr)
+        raise stop from None
     finally:
         accelerator.end_training()
         accelerator.free_memory()
 
 
-def _train(config: TrainConfig, accelerator: "Accelerator") -> CocoResult:
-    from accelerate.utils import set_seed
-
-    folder = Path(config.output_dir)
-    previous = _previous_checkpoint(folder / CHECKPOINT, resume=config.resume)
-    train_set, val_set = _open_splits(config)
-    config = _resolved(config, train_set, val_set)
-    log = RunLog(folder, is_main=accelerator.is_main_process)
-
-    set_seed(config.seed)
-    rank = accelerator.process_index
-    loader = train_loader(train_set, config.data, seed=config.seed, world_size=accelerator.num_processes, rank=rank)
-    model = _build_model(config, resumed=previous is not None).to(accelerator.device)
-    check_normalisation(config)
-    criterion = build_criterion(config.detector).to(accelerator.device)
-    postprocess = build_postprocess(config.detector, category_ids=train_set.category_ids)
-    optimizer = build_optimizer(model, config.optimizer)
-    schedule = build_schedule(optimizer, config.optimizer, len(loader))
-    log.say(
-        f"{_described(train_set, config)} to train on, {_described(val_set, config)} to evaluate, "
-        f"{len(loader)} steps per epoch"
-    )
-    log.say(describe_groups(optimizer))
-    if previous is not None:
-        refuse_another_run(previous, config, train_set.categories)
-        restore(previous, model, optimizer, schedule)
-        log.say(f"resumed after epoch {previous.epoch}")
-    else:
-        seed_epoch(loader, config.seed, epoch=0, rank=rank)
-        log.say(_start(model, config, loader, accelerator, train_set.category_names))
-    if accelerator.is_main_process:
-        save_config(config, folder / "config.yaml", remarks=_identities(train_set, val_set))
-    # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
-    prepared = accelerator.prepare(model)
-
-    result: CocoResult | None = None
-    for epoch in range(previous.epoch + 1 if previous else 1, config.optimizer.epochs + 1):
-        seed_epoch(loader, config.seed, epoch, rank=rank)
-        means, lr = Means(), float(schedule.get_last_lr()[0])
-        prepared.train()
-        for images, targets in log.steps(loader, means, f"epoch {epoch}/{config.optimizer.epochs}"):
-            losses = criterion(prepared(images.to(accelerator.device, non_blocking=True), targets), targets)
-            losses["loss"] = criterion.weighted_sum(losses)
-            accelerator.backward(losses["loss"])
-            clip_gradient(model, config.optimizer.clip_max_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            means.add(losses, images)
-        if accelerator.is_main_process:
-            state = Checkpoint(
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                schedule=schedule.state_dict(),
-                epoch=epoch,
-                config=config_to_dict(config),
-                category_ids=train_set.category_ids,
-                category_names=train_set.category_names,
-            )
-            save_checkpoint(state, folder / CHECKPOINT)
-        stats: Mapping[str, float] = {}
-        if epoch == config.optimizer.epochs or epoch % config.eval_every == 0:
-            result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
-            stats = result.stats
-        log.epoch(epoch, step=epoch * len(loader), lr=lr, means=means, stats=stats)
-    if result is None:  # resumed after the last epoch
-        result, _ = evaluate(model, postprocess, val_set, config.data, accelerator)
-    log.say(str(result))
-    return result
+def run_to_the_end(run: Run) -> CocoResult | None:
+    """Take the steps that are left of a run, and return the numbers of its last evaluation."""
+    folder, config, is_main = run.folder, run.config, run.accelerator.is_main_process
+    if is_main:
+        save_config(config, folder.path / "config.yaml", remarks=run.remarks)
+    start_trackers(run.accelerator, config)
+    run.ranks.watch()
+    with StopSignals(f"go on with --resume auto | where: file={folder.newest}") as signals:
+        while True:
+            if len(run.rows) < run.step // run.steps_per_epoch:
+                finish_epoch(run, signals)
+            if run.step >= run.total_steps or run.has_stopped_improving():
+                break
+            train_epoch(run, signals)
+        if run.result is None and run.val_set is not None:  # resumed after the last epoch
+            with signals.at_once():
+                run.evaluate(run.val_set)
+    if is_main and run.rows:
+        draw_curves(run.rows, folder.path / "curves.png")
+    if run.result is not None:
+        run.log.say(str(run.result))
+    if config.overfit:
+        run.log.say(overfit_verdict(run.rows, config))
+    return run.result
 
 
-def _build_model(config: TrainConfig, *, resumed: bool) -> DETR | DeformableDETR:
-    whole = resumed or config.init_from is not None
-    model = build_detector(without_pretrained(config.detector) if whole else config.detector)
-    if config.compile:
-        model.compile()
-    return model
+def train_epoch(run: Run, signals: StopSignals) -> None:
+    """Take the steps that are left of an epoch, and save what they led to.
 
-
-def _start(
-    model: DETR | DeformableDETR,
-    config: TrainConfig,
-    loader: Loader,
-    accelerator: "Accelerator",
-    category_names: Sequence[str],
-) -> str:
-    """Give a new run what it starts from, and say what that is."""
-    if config.init_from is not None:
-        loaded = load_detector(model, config.init_from, init_classes=config.init_classes, category_names=category_names)
-        return f"{loaded}\n{loaded.compare_images(config.data.transforms.mean, config.data.transforms.std)}"
-    report = model.backbone[0].weights
-    if report is not None:
-        return f"backbone: {report}"
-    if not any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules()):
-        return "backbone: random weights"
-    if not config.calibration_images:
-        return "backbone: random weights, and frozen BatchNorm without statistics: expect it not to train"
-    taken = calibrate_frozen_batch_norm(model.backbone, _images(loader, config.calibration_images, accelerator))
-    return f"backbone: random weights, frozen BatchNorm took its statistics from {taken} training images"
-
-
-def _open_splits(config: TrainConfig) -> tuple[CocoDetection, CocoDetection]:
-    train_set = open_split(config.data, config.data.train, train=True)
-    crowded = more_boxes_than_queries(
-        train_set.boxes_per_image,
-        train_set.image_ids,
-        config.detector.num_queries,
-        f"file={train_set.annotations.source}",
-    )
-    refuse(crowded, config.data.policies)
-    train_set.findings |= {one.kind: one.count for one in crowded}
-    return train_set, open_split(config.data, config.data.val, train=False)
-
-
-def _described(dataset: CocoDetection, config: TrainConfig) -> str:
-    done = {"drop": " dropped", "clamp": " clipped", "crowd": " taken as crowds"}
-    notes = [
-        f"{KINDS[kind].what}: {count}{done.get(config.data.policies.action(kind), '')}"
-        for kind, count in dataset.findings.items()
-    ]
-    return (dataset.annotations.part or f"{len(dataset)} images") + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _identities(train_set: CocoDetection, val_set: CocoDetection) -> list[str]:
-    """What tells later whether another run saw the same images."""
-    return [
-        f"data.{split}: {len(dataset)} images, ids sha256 {image_ids_sha256(dataset.image_ids)}"
-        for split, dataset in (("train", train_set), ("val", val_set))
-    ]
-
-
-def _previous_checkpoint(path: Path, *, resume: bool) -> Checkpoint | None:
-    if resume:
-        return load_checkpoint(path)
-    if path.exists():
-        raise CheckpointError(
-            f"a run must not overwrite another | where: file={path} | fix: --resume true, or another --output_dir"
+    Raises:
+        Stopped: a signal came in some process; the last step is saved.
+    """
+    accumulate, per_epoch = run.config.optimizer.accumulate_steps, run.steps_per_epoch
+    done, epoch = run.step % per_epoch, run.step // per_epoch + 1
+    run.batches.start(epoch, batch=done * accumulate)
+    if not done:
+        run.means = Means()
+    with closing(iter(run.loader)) as loaded:
+        steps = run.log.steps(
+            zip(*[loaded] * accumulate, strict=False),
+            run.means,
+            f"epoch {epoch}/{run.config.optimizer.epochs}",
+            done=done,
+            per_epoch=per_epoch,
+            left_after=run.total_steps - epoch * per_epoch,
         )
-    return None
+        for batches in steps:
+            losses = run.learner.step(batches, run.step)
+            for one, (images, _) in zip(losses, batches, strict=True):
+                run.means.add(one, images)
+            run.step += 1
+            stop, save = run.ranks.agree(bool(signals.name), run.step % per_epoch == 0 or run.is_due())
+            if save or stop:
+                run.save()
+            if stop:
+                run.ranks.close()
+                raise signals.stopped()
 
 
-def _resolved(config: TrainConfig, train_set: CocoDetection, val_set: CocoDetection) -> TrainConfig:
-    """The configuration with the number of classes that the data has."""
-    if train_set.categories != val_set.categories:
-        raise ConfigError(
-            f"`data.train` and `data.val` must have the same categories, got {train_set.categories} and "
-            f"{val_set.categories}"
-        )
-    asked = config.detector.num_classes
-    if asked not in (None, train_set.num_classes):
-        raise ConfigError(f"`detector.num_classes` must be null or {train_set.num_classes} as in the data, got {asked}")
-    return replace(config, detector=replace(config.detector, num_classes=train_set.num_classes))
-
-
-def _images(loader: Loader, count: int, accelerator: "Accelerator") -> Iterator[NestedTensor]:
-    """Batches of images until `count` of them came."""
-    for images, _ in loader:
-        yield images.to(accelerator.device)
-        count -= len(images)
-        if count <= 0:
-            return
+def finish_epoch(run: Run, signals: StopSignals) -> None:
+    """Evaluate where it is time to, and write the row of the epoch; what the epoch led to is saved before."""
+    epoch = run.step // run.steps_per_epoch
+    stats: Mapping[str, float] = {}
+    is_time = epoch == run.config.optimizer.epochs or epoch % run.config.eval_every == 0
+    if is_time and run.val_set is not None:
+        with signals.at_once():
+            stats = run.evaluate(run.val_set).stats
+    row = {
+        "epoch": epoch,
+        "step": run.step,
+        "seconds": run.log.seconds,
+        "lr": run.learner.rate_at(run.step - run.steps_per_epoch),
+        **run.means.values(),
+        **stats,
+    }
+    is_best = bool(stats) and all(stats["AP"] > earlier["AP"] for earlier in run.rows if "AP" in earlier)
+    run.rows.append(row)
+    run.save(is_best=is_best)
+    if run.accelerator.is_main_process:
+        write_rows(run.rows, run.folder.path / "metrics.csv")
+    run.log.epoch(row)
+    if run.config.trackers:
+        track(run.accelerator, row)

@@ -13,8 +13,8 @@ from detr_backbone.errors import NumericsError
 from detr_backbone.evaluation.evaluator import CocoEvaluator
 from detr_backbone.evaluation.result import CocoResult
 from detr_backbone.training.checkpoint import Checkpoint, load_model
-from detr_backbone.training.config import DataConfig, TrainConfig, config_from_dict, override_config
-from detr_backbone.training.data import Loader, eval_loader
+from detr_backbone.training.config import TrainConfig, config_from_dict, override_config
+from detr_backbone.training.data import DataConfig, Loader, eval_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from detr_backbone.training.config import SplitConfig
+from detr_backbone.training.data import SplitConfig
 
 logger = logging.getLogger(__name__)
 
