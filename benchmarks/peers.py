@@ -68,16 +68,27 @@ class Case:
         return self.kind.endswith("step")
 
 
+def build_ours(case: Case) -> nn.Module:
+    """What this package gives: a backbone or a detector with exact padding."""
+    if "detr" in case.kind:
+        return build_detector(_detector_config(case))
+    return build_backbone(_backbone_config(case))[0]
+
+
 def ours(case: Case, *, compiled: bool = False) -> Run:
     """What this package gives: exact padding, folded frozen BatchNorm, channels last."""
-    if "detr" in case.kind:
-        return _detector(case, build_detector(_detector_config(case)), compiled=compiled)
-    return _backbone(case, build_backbone(_backbone_config(case))[0], compiled=compiled)
+    run = _detector if "detr" in case.kind else _backbone
+    return run(case, build_ours(case), compiled=compiled)
 
 
 def zero_padded(case: Case) -> Run:
     """Ours without exact padding: images in a batch are padded with zeros once, as everyone does."""
     return _backbone(case, build_backbone(replace(_backbone_config(case), padding="zeros"))[0])
+
+
+def by_plan(case: Case, *, plan: Literal["forward_whole_batch", "forward_by_size"]) -> Run:
+    """Ours with all images in one pass, or with those of equal size in one pass each; both are exact."""
+    return _backbone(case, _ByPlan(build_ours(case), plan))
 
 
 def original(case: Case, *, compiled: bool = False) -> Run:
@@ -166,6 +177,17 @@ def hooks(case: Case) -> Run:
     return _getter(case, getter)
 
 
+class _ByPlan(nn.Module):
+    def __init__(self, backbone: nn.Module, plan: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.plan = plan
+
+    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        levels: dict[str, NestedTensor] = getattr(self.backbone, self.plan)(images)
+        return levels
+
+
 class _Masked(nn.Module):
     """What the original module does behind its getter: the mask resized for each level."""
 
@@ -173,7 +195,7 @@ class _Masked(nn.Module):
         super().__init__()
         self.body = body
 
-    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+    def forward(self, images: NestedTensor, sizes: None = None) -> dict[str, NestedTensor]:  # as a Joiner calls it
         features = self.body(images.tensors)
         levels = features if isinstance(features, dict) else dict(enumerate(features))
         masks = {
@@ -282,6 +304,8 @@ CONTENDERS: dict[str, Callable[[Case], Run]] = {
     "original": original,
     "ours": ours,
     "ours, zeros": zero_padded,
+    "ours, whole batch": partial(by_plan, plan="forward_whole_batch"),
+    "ours, by size": partial(by_plan, plan="forward_by_size"),
     "original, compiled": partial(original, compiled=True),
     "ours, compiled": partial(ours, compiled=True),
     "timm": timm_features,

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torchvision
+from engines import PRECISIONS, exported_files
 from peers import Case
 from workers import Precision, Worker, lacking
 
@@ -28,7 +29,9 @@ NETWORKS = ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
 PEERS = ("original", "ours", "timm", "hugging_face")
 GETTERS = ("bare", "sequential", "graph", "hooks")
 COMPILED = ("original", "ours", "original, compiled", "ours, compiled")
+DEPLOYED = (*COMPILED, "onnxruntime", "openvino")
 BOTH: tuple[Precision, ...] = ("float32", "bf16")
+ALL: tuple[Precision, ...] = (*BOTH, "int8")
 
 
 Contender: TypeAlias = tuple[str, Precision]
@@ -80,8 +83,23 @@ def suites(device: str) -> dict[str, list[Row]]:
             for network in ("resnet18", "resnet50")
             for kind in ("forward", "step")
         ],
+        "plans": [
+            Row(replace(at, kind=kind, sizes=sizes), ("ours, whole batch", "ours, by size", "ours, zeros"))
+            for sizes in (MIXED, (*MIXED[:2], *MIXED[:2]))
+            for kind in ("forward", "step")
+        ],
         "compiled": [
             Row(case, COMPILED) for case in (at, replace(at, kind="step"), replace(at, kind="detr", levels=1))
+        ],
+        "engines": [
+            Row(case, DEPLOYED, ALL)
+            for case in (
+                at,
+                replace(at, sizes=((224, 224),)),
+                replace(at, sizes=MIXED),
+                replace(at, kind="detr", levels=1),
+                replace(at, kind="deformable_detr"),
+            )
         ],
         "data": [
             Row(
@@ -97,9 +115,17 @@ def suites(device: str) -> dict[str, list[Row]]:
     }
 
 
-def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], kernels: int) -> list[str]:
-    """The rows of one case in Markdown, with the kernels that took most of the time."""
-    pairs = [(name, precision) for precision in row.precisions for name in (*row.contenders, "matmul")]
+def measure(
+    row: Row, *, runs: int, processes: int, threads: tuple[int, ...], kernels: int
+) -> tuple[list[str], list[str]]:
+    """The rows of one case in Markdown, with the kernels that took most of the time; and which contenders failed."""
+    remarks = []
+    pairs = [
+        (name, precision)
+        for precision in row.precisions
+        for name in (*row.contenders, "matmul")
+        if precision in PRECISIONS.get(name, BOTH)
+    ]
     image = replace(row.case, sizes=row.case.sizes[:1])
     best = {pair: best_threads(pair, image, threads) for pair in pairs}
     workers: dict[Contender, Worker] = {}
@@ -109,28 +135,45 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
             for worker in workers.values():
                 worker.close()
             workers = {pair: Worker(*pair, row.case, best[pair]) for pair in pairs}
-            for worker in workers.values():
-                worker.warm_up()
+            if row.case.device == "cuda":  # they compile beside each other, on cores of their own
+                for worker in workers.values():
+                    worker.begin()
+            for pair, worker in list(workers.items()):
+                try:
+                    worker.warm_up()
+                except RuntimeError as error:
+                    remarks.append(f"{row.case}: {error}")
+                    print(remarks[-1], flush=True)
+                    worker.close()
+                    del workers[pair]
+                    pairs.remove(pair)
         for pair, worker in workers.items():
             seconds[pair].append(worker.run())
     first = row.contenders[0]
-    medians = {pair: statistics.median(taken) for pair, taken in seconds.items()}
+    medians = {pair: statistics.median(seconds[pair]) for pair in pairs}
     peaks = {pair: worker.peak() for pair, worker in workers.items()}  # before operations are counted, in one more run
-    flops = {name: workers[name, row.precisions[0]].flops() for name in (*row.contenders, "matmul")}
+    flops: dict[str, float] = {}  # 0 for an engine of its own, whose operations torch does not see
+    for name, precision in pairs:
+        if name not in flops:
+            flops[name] = workers[name, precision].flops()
     lines = []
     for precision in row.precisions:
-        peak_rate = flops["matmul"] / medians["matmul", precision]
+        matmul = "matmul", precision
+        peak_rate = flops["matmul"] / medians[matmul] if matmul in medians else 0
         for name in row.contenders:
             pair = name, precision
+            if pair not in medians:
+                continue
             median = medians[pair]
             cells = [
                 *(str(row.case), precision, name, str(best[pair]), *in_cells(seconds[pair])),
                 f"{len(row.case.sizes) / median:.2f}",
                 *(
-                    f"{medians[first, of] / median:.2f}" if of in row.precisions else "-"
+                    f"{medians[first, of] / median:.2f}" if (first, of) in medians else "-"
                     for of in ("float32", precision)
                 ),
-                *(f"{peaks[pair]:.0f}", f"{flops[name] / median / peak_rate:.0%}"),
+                f"{peaks[pair]:.0f}",
+                f"{flops[name] / median / peak_rate:.0%}" if flops[name] and peak_rate else "-",
             ]
             if kernels:
                 shares = list(workers[pair].kernels().items())[:kernels]
@@ -139,12 +182,14 @@ def measure(row: Row, *, runs: int, processes: int, threads: tuple[int, ...], ke
             print(lines[-1], flush=True)
     for worker in workers.values():
         worker.close()
-    return lines
+    return lines, remarks
 
 
 @cache
 def best_threads(contender: Contender, image: Case, threads: tuple[int, ...]) -> int:
     """The number of threads that the contender is fastest with on one image."""
+    if len(threads) == 1:
+        return threads[0]
     workers = {count: Worker(*contender, image, count) for count in threads}
     warm = {count: worker.warm_up() for count, worker in workers.items()}
     taken = {count: min(warm[count], worker.run()) for count, worker in workers.items()}
@@ -177,7 +222,11 @@ def environment(device: str) -> str:
     """Where and on what the numbers were taken."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     if device == "cuda":
-        name = torch.cuda.get_device_name()
+        convolutions, products = (
+            "TF32" if allowed else "float32"
+            for allowed in (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        )
+        name = f"{torch.cuda.get_device_name()} (float32: convolutions in {convolutions}, products in {products})"
     else:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = f"{models[0].partition(':')[2].strip()}, {len(models)} cores"
@@ -203,7 +252,7 @@ def main(
     runs: int = 9,
     processes: int = 3,
     device: Literal["cpu", "cuda"] = "cpu",
-    precisions: tuple[Precision, ...] = BOTH,
+    precisions: tuple[Precision, ...] = ALL,
     kernels: int = 0,
     output: str | None = None,
 ) -> None:
@@ -212,12 +261,13 @@ def main(
     A contender runs at the number of threads, one or one per core, that is faster for it with one image.
 
     Args:
-        suite: table, detectors, getter, padding, compiled, data, scaling, import, or a backbone: resnet18, resnet50,
-            resnet101, resnet50-dc5.
+        suite: table, detectors, getter, padding, plans, compiled, engines, data, scaling, import, or a backbone:
+            resnet18, resnet50, resnet101, resnet50-dc5.
         runs: measured runs of every contender, in turns; the median counts.
         processes: in how many processes, one after the other, a contender does its runs.
         device: cpu or cuda.
-        precisions: float32, bf16, or both; bf16 is left out on a processor that has no instructions for it.
+        precisions: float32, bf16 and int8, which OpenVINO alone computes in, of those that the suite has; bf16 is left
+            out on a processor that has no instructions for it.
         kernels: how many of the kernels that took most of the time each row names.
         output: the Markdown file of the record, which grows with every case; printed only, if left out.
     """
@@ -242,10 +292,14 @@ def main(
     if suite == "import":
         table += measure_import(runs)
         write(output, remarks, table)
-    for row in rows:
-        case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
-        table += measure(case, runs=runs, processes=processes, threads=tuple(sorted({1, cores})), kernels=kernels)
-        write(output, remarks, table)
+    with exported_files():
+        for row in rows:
+            case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
+            threads = tuple(sorted({1, cores}))
+            lines, failed = measure(case, runs=runs, processes=processes, threads=threads, kernels=kernels)
+            table += lines
+            remarks += failed
+            write(output, remarks, table)
 
 
 def write(output: str | None, remarks: Sequence[str], table: Sequence[str]) -> None:

@@ -12,13 +12,19 @@ from typing import Any, Literal
 
 import torch
 from data import PIPELINES
+from engines import ENGINES
 from peers import CONTENDERS, Case, Run
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "int8"]
 WARM_UP_SECONDS = 2
-NEEDS = {"timm": "timm", "hugging_face": "transformers"}
+NEEDS = {
+    "timm": ("timm",),
+    "hugging_face": ("transformers",),
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino", "nncf"),
+}
 
 
 class Worker:
@@ -26,6 +32,7 @@ class Worker:
 
     def __init__(self, name: str, precision: Precision, case: Case, threads: int) -> None:
         self.name = name
+        self._begun = False
         os.environ["OMP_NUM_THREADS"] = str(threads)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -37,8 +44,15 @@ class Worker:
         """Seconds that the work takes once more."""
         return float(self._ask("run"))
 
+    def begin(self) -> None:
+        """Let the work be done once without waiting for it; `warm_up` waits."""
+        self._connection.send("run")
+        self._begun = True
+
     def warm_up(self) -> float:
         """Seconds of the fastest of the runs that fill two seconds."""
+        if self._begun:
+            self._answer()
         taken = [self.run()]
         while sum(taken) < WARM_UP_SECONDS:
             taken.append(self.run())
@@ -59,12 +73,16 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        self._connection.send("stop")
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send("stop")
         self._process.join()
 
     def _ask(self, order: str) -> Any:
         with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
             self._connection.send(order)
+        return self._answer()
+
+    def _answer(self) -> Any:
         try:
             answer = self._connection.recv()
         except EOFError:
@@ -79,8 +97,8 @@ class Worker:
 
 
 def lacking(contenders: Container[str]) -> dict[str, str]:
-    """The contenders whose library is not installed, with its name."""
-    needed = {name: module for name, module in NEEDS.items() if name in contenders}
+    """The contenders of which a library is not installed, with its name."""
+    needed = {name: module for name, modules in NEEDS.items() for module in modules if name in contenders}
     return {name: module for name, module in needed.items() if importlib.util.find_spec(module) is None}
 
 
@@ -89,7 +107,10 @@ def _serve(connection: Connection, name: str, case: Case, precision: Precision, 
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         contenders = {**CONTENDERS, **PIPELINES}
-        work = _matmul(case.device, precision) if name == "matmul" else contenders[name](case)
+        if name == "matmul":
+            work = _matmul(case.device, precision)
+        else:
+            work = ENGINES[name](case, precision) if name in ENGINES else contenders[name](case)
 
         def run() -> float:
             start = time.perf_counter()

@@ -36,6 +36,10 @@ class EvaluationError(DetrBackboneError):
     """Predictions or ground truth from which an AP would be wrong or misleading."""
 
 
+class ExportError(DetrBackboneError):
+    """A model that cannot be exported faithfully, or an exported file or an engine that cannot be used."""
+
+
 class CheckpointError(DetrBackboneError):
     """A training checkpoint that is damaged, incomplete, or belongs to another configuration."""
 

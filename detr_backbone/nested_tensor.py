@@ -251,10 +251,12 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
     NestedTensor([1, 3, 64, 64], torch.float32, device='cpu', sizes=[(33, 64)])
     """
     height, width = images.tensors.shape[-2:]
-    missing = (0, -width % divisor, 0, -height % divisor)
-    if not any(missing):
+    below, right = ((side + divisor - 1) // divisor * divisor - side for side in (height, width))
+    # A graph that is exported must not serve the multiples alone, or all sizes but these.
+    if divisor == 1 or not (torch.compiler.is_exporting() or below or right):
         return images
     sizes = None if torch.compiler.is_compiling() else images.sizes  # a graph must not be specialised on them
+    missing = (0, right, 0, below)
     return NestedTensor(F.pad(images.tensors, missing), F.pad(images.mask, missing, value=True), sizes=sizes)
 
 

@@ -98,16 +98,18 @@ class _Level(nn.Module):
         )
 
     def forward(self, level: NestedTensor, images: NestedTensor) -> NestedTensor:
-        # Windows of a deconvolution are as large as their steps: nothing comes from a neighbour.
-        cells = self.enlarge(level.tensors) if self.pooled == 1 else self._pool(level)
-        # The last cell of the map may reach beyond the image.
-        ((h, w),) = valid_sizes([size_of(images.tensors)], self.stride)
-        cells = cells[:, :, :h, :w]
-        # A cell without any pixel was pooled to -inf, which times the zero gradient of a masked cell is NaN.
-        cells = self._as_level(cells, images).tensors if self.pooled > 1 else cells
+        # Where a window held no cell of its image, its maximum is -inf, and times a gradient of zero that is NaN.
+        cells = self._enlarge(level, images) if self.pooled == 1 else self._as_level(self._pool(level), images).tensors
         # Deconvolutions and norms have biases, and the 3x3 convolution must find zeros beyond the image.
         lateral = self._as_level(self.lateral(cells), images).tensors
         return self._as_level(self.output(lateral), images)
+
+    def _enlarge(self, level: NestedTensor, images: NestedTensor) -> Tensor:
+        """Return the map as it is or enlarged, by windows as large as their steps: nothing comes from a neighbour."""
+        cells = self.enlarge(level.tensors)
+        # The last cell of the map may reach beyond the image.
+        ((h, w),) = valid_sizes([size_of(images.tensors)], self.stride)
+        return cells[:, :, :h, :w]
 
     def _pool(self, level: NestedTensor) -> Tensor:
         """Return the largest of every window; an image alone has nothing beyond its border, which a zero would be."""

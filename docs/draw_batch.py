@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from detr_backbone import BackboneConfig, Joiner, NestedTensor, build_backbone, nested_tensor_from_tensor_list
-from detr_backbone.networks.weights import rename_in_order
 from detr_backbone.visualize.panels import Panels
+from detr_backbone.weights.rename import rename_in_order
 
 NAME = "timm/tf_efficientnet_lite0"
 LEVELS = ("blocks.2", "blocks.4", "blocks.6")

@@ -12,25 +12,28 @@ from tests.processes import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
 
-COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection"}
+COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection", "weights"}
 """Folders of the component; the modules beside them belong to it too."""
 # part -> the parts it may import from, besides itself
 MAY_IMPORT = {
     "component": set(),
     "detectors": {"component"},
+    "export": {"component"},
+    "checkpoints": {"component", "detectors"},
     "coco": {"component"},
     "evaluation": {"component", "coco"},
     "visualize": {"component"},
     "report": {"component", "coco", "evaluation"},
-    "training": {"component", "detectors", "coco", "evaluation", "visualize"},
-    "prediction": {"component", "detectors", "coco", "training"},
+    "training": {"component", "export", "detectors", "checkpoints", "coco", "evaluation", "visualize"},
+    "prediction": {"component", "export", "detectors", "checkpoints", "coco", "training"},
     "commands": {
-        *("component", "detectors", "coco", "evaluation", "visualize", "report", "training", "prediction"),
+        *("component", "export", "detectors", "checkpoints", "coco", "evaluation", "visualize", "report", "training"),
+        "prediction",
     },
 }
-# what the component may import: torch, torchvision and the standard library; inside of the one function that needs it,
-# safetensors to read such a file, and timm to build a network of that name
-COMPONENT_LIBRARIES = {"torch", "torchvision", "safetensors", "timm"}
+# what the component may import: torch, torchvision, what these install, and the standard library; inside of the one
+# function that needs it, safetensors and huggingface_hub for such files, and timm for its networks
+COMPONENT_LIBRARIES = {"torch", "torchvision", "numpy", "filelock", "safetensors", "huggingface_hub", "timm"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -221,6 +221,8 @@ PARTICULAR = {
         "--output shapes",
         "--output tiny.yaml/weights.pth",
         "--source run/checkpoint.pt",
+        "--names nothing",
+        "--resnet nothing",
     ],
 }
 

@@ -40,16 +40,24 @@ def small(case):
     if case == "detr":
         model = DETR(backbone, Transformer(**layers), num_classes=K, num_queries=Q)
     else:
-        stages = {"two_stage": case == "two stages"}
-        levels = 2 if case == "two stages" else 1
-        transformer = DeformableTransformer(**layers, **stages, num_feature_levels=levels, two_stage_num_proposals=Q)
-        options = {
-            "num_classes": K,
-            "num_queries": Q,
-            "num_feature_levels": levels,
-            "with_box_refine": stages["two_stage"],
-        }
-        model = DeformableDETR(backbone, transformer, **options, **stages)
+        two_stage = case in ("two stages", "mixed")
+        levels = 2 if two_stage else 1
+        transformer = DeformableTransformer(
+            **layers,
+            num_feature_levels=levels,
+            two_stage=two_stage,
+            two_stage_num_proposals=Q,
+            query_selection="mixed" if case == "mixed" else "published",
+        )
+        model = DeformableDETR(
+            backbone,
+            transformer,
+            num_classes=K,
+            num_queries=Q,
+            num_feature_levels=levels,
+            with_box_refine=two_stage,
+            two_stage=two_stage,
+        )
     for name, parameter in model.named_parameters():  # new heads and samplings say the same of every image
         if "layers.2" in name or "sampling_offsets" in name or "attention_weights" in name:
             nn.init.normal_(parameter, std=0.3)

@@ -118,10 +118,11 @@ def test_readme_lists_what_every_installation_brings() -> None:
 def test_the_lowest_versions_are_tested() -> None:
     lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition(" ")[0] for line in lines if not line.startswith("#")}
+    (tested,) = (requirement.extras for requirement in requirements()["test"] if requirement.extras)
     lowest = {
         f"{requirement.name}=={bound[1]}"
         for extra, needed in requirements().items()
-        if extra not in ("dev", "ms-deform-attn")  # linters change nothing; the extension needs CUDA
+        if extra in (".", "test", *tested)
         for requirement in needed
         if (bound := re.search(r">=([\d.]+)", str(requirement.specifier)))
     }
@@ -166,6 +167,6 @@ def test_the_continuous_integration_installs_and_tests_as_readme_says() -> None:
 
     assert 'pip install --editable ".[dev]"' in test_command
     assert 'pip install --quiet --editable ".[dev]"' in run
-    assert test_command.endswith("OMP_NUM_THREADS=1 pytest -n 2")
+    assert test_command.endswith("OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile")
     assert "export OMP_NUM_THREADS=1" in run
-    assert "\npytest -n 2" in run
+    assert "\npytest -n 2 --dist loadfile" in run

@@ -328,6 +328,13 @@ def test_a_compiled_graph_holds_the_folding() -> None:
         torch.testing.assert_close(compiled(images)["0"].tensors, features(backbone, images))
 
 
+def test_a_convolution_that_an_adapter_makes_of_the_same_class_only_convolves() -> None:
+    adapter = type(tiny().body.get_submodule("0"))(3, 4, 1)
+    x = torch.rand(1, 3, 5, 7)
+
+    assert adapter(x).equal(F.conv2d(x, adapter.weight, adapter.bias))
+
+
 def test_a_frozen_first_part_builds_no_graph() -> None:
     levels = Backbone("resnet18", return_interm_layers=True)(torch.randn(1, 3, 64, 64))
 

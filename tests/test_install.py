@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,6 +16,8 @@ import detr_backbone
 from tests.processes import ROOT
 
 PACKAGE = ROOT / "detr_backbone"
+FOLDERS = ("detr_backbone", "benchmarks", "configs", "docs", "scripts", "tests")
+CONTRIBUTORS_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 NOT_NEEDED = ("scipy", "pycocotools", "yaml", "jsonargparse", "accelerate", "matplotlib", "rich", "timm", "safetensors")
 """What the component does without. torchvision itself imports Pillow and NumPy; that the component's modules do not is
 seen from their imports, in test_architecture.py."""
@@ -32,13 +35,25 @@ print(detr_backbone.__file__, [tuple(level.tensors.shape) for level in features]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources: a `build` folder in the checkout would add old files to it."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run(source, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(target)!r})")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution, of a copy: what was built in the checkout before would add old files to it."""
+    copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("source")
+    for path in (ROOT / name for name in FOLDERS):
+        shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *CONTRIBUTORS_PAGES):
+        shutil.copy(ROOT / name, copy)
+    run(copy, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(target)!r})")
+    (archive,) = target.iterdir()
+    with tarfile.open(archive) as packed:
+        packed.extractall(target, filter="data")
+    (unpacked,) = (path for path in target.iterdir() if path.is_dir())
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def wheel(source_distribution: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    run(source_distribution, "-c", f"from setuptools import build_meta; build_meta.build_wheel({str(target)!r})")
     (built,) = target.iterdir()
     return built
 
@@ -71,13 +86,30 @@ def test_the_component_builds_and_learns_without_any_other_library(environment: 
     assert printed.endswith("[(2, 256, 4, 6), (2, 512, 2, 3)]\n")
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
-    files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
-    expected = {file for file in files if "__pycache__" not in file}
+def test_the_program_starts_in_a_new_environment(environment: Path) -> None:
+    printed = run(
+        environment, str(environment / "bin" / "detr-backbone"), "--help", python=environment / "bin" / "python"
+    )
 
+    assert printed.startswith("usage: detr-backbone")
+
+
+def files_of(folder: Path) -> set[str]:
+    """All files below a folder of the repository, as paths in it."""
+    paths = (path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {path for path in paths if "__pycache__" not in path}
+
+
+def test_the_wheel_holds_every_file_of_the_package_the_recipes_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
-    assert packed == expected
+    assert packed == files_of(PACKAGE) | {f"detr_backbone/{recipe}" for recipe in files_of(ROOT / "configs")}
+
+
+def test_the_source_distribution_holds_what_the_repository_shows(source_distribution: Path) -> None:
+    packed = {path.relative_to(source_distribution).as_posix() for path in source_distribution.rglob("*")}
+
+    assert set().union(*(files_of(ROOT / folder) for folder in FOLDERS), CONTRIBUTORS_PAGES) <= packed
 
 
 def test_the_wheel_says_its_version_and_carries_the_licence(wheel: Path) -> None:

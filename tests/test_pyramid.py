@@ -1,5 +1,6 @@
 """Levels of several strides from networks of one stride: the simple feature pyramid, and the ViTs that it is for."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from detr_backbone import BackboneBase, BackboneConfig, Joiner, PositionEmbeddingSine, PyramidConfig, fold_for_inference
+from detr_backbone.detectors import DetectorConfig, build_criterion, build_detector
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from detr_backbone.networks.stages import Survey
@@ -274,6 +276,36 @@ def test_a_file_may_ask_for_a_pyramid(tmp_path: Any) -> None:
 
     assert config.detector.backbone.pyramid == PyramidConfig(strides=(8, 16, 32), channels=32)
     assert BackboneConfig().pyramid is None
+
+
+def test_a_detector_learns_from_the_levels_of_a_vit(
+    vits: dict[str, BackboneBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joiner = Joiner(copy.deepcopy(vits["dinov2"]).float(), PositionEmbeddingSine(16))
+    monkeypatch.setattr("detr_backbone.detectors.build.build_backbone", lambda _: joiner)
+    sizes = {"num_queries": 5, "nheads": 2, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32}
+    config = DetectorConfig(name="deformable_detr", backbone=BackboneConfig(hidden_dim=32), num_classes=2, **sizes)
+    detector, criterion = build_detector(config), build_criterion(config)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])} for _ in SIZES]
+    outputs = detector([image.float() for image in random_images()])
+    criterion.weighted_sum(criterion(outputs, targets)).backward()
+
+    assert detector.strides == (7, 14, 28)
+    for name, parameter in joiner.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def test_a_compiled_graph_holds_the_pyramid() -> None:
+    backbone = backbone_of(Patches(), return_layers=["second"], pyramid=PyramidConfig(strides=(8, 32), channels=4))
+    batch = nested_tensor_from_tensor_list(random_images())
+    compiled = torch.compile(backbone.forward_whole_batch, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected, got = backbone.forward_whole_batch(batch), compiled(batch)
+
+    assert got.keys() == expected.keys()
+    for name, level in expected.items():
+        torch.testing.assert_close(got[name].tensors, level.tensors, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", VITS)

@@ -187,3 +187,19 @@ def test_the_command_says_what_is_wrong(
 
     assert says in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_other_shapes_can_be_asked_for(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "x", train=3, val=1, image_size=32, classes=("hexagon", "cross"))
+    content = json.loads((tmp_path / "x" / "annotations" / "instances_train.json").read_text())
+
+    assert [category["name"] for category in content["categories"]] == ["hexagon", "cross"]
+    corners = {1: 6, 2: 8}
+    for entry in content["annotations"]:
+        assert len(entry["segmentation"][0]) == 2 * corners[entry["category_id"]]
+
+
+@pytest.mark.parametrize("classes", [(), ("star", "star"), ("star", "moon")])
+def test_shapes_that_do_not_exist_are_refused(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="`classes` must be different ones of"):
+        draw_shapes(tmp_path / "x", classes=classes)

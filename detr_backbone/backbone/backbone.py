@@ -10,9 +10,9 @@ from detr_backbone.networks.layer_paths import expand_paths
 from detr_backbone.networks.norms import Norm, set_norm
 from detr_backbone.networks.pretraining import Channels, pretraining_of
 from detr_backbone.networks.stages import Survey
-from detr_backbone.networks.weights import WeightsReport, load_weights
 from detr_backbone.padding.exact import Padding
 from detr_backbone.pyramid import PyramidConfig
+from detr_backbone.weights.load import WeightsReport, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ class Backbone(BackboneBase):
 
     Args:
         name: of a model of torchvision, such as "resnet50", or of timm, such as "timm/tf_efficientnet_lite0".
-        weights: None (random), the name of torchvision weights such as "IMAGENET1K_V1", or the path of a local file,
-            as `load_weights` takes them. DEFAULT is no such name: what it means changes with torchvision.
+        weights: None (random), a file, or the name of weights such as "IMAGENET1K_V1", as `locate_weights` takes them.
+            DEFAULT is no such name: what it means changes with torchvision.
         in_channels: C of the images; weights of 3 channels are adapted as `adapt_input_weight` says.
         dilation: keep the resolution of layer3 in layer4 (DC5); only ResNets of Bottleneck blocks can.
         norm: what stands where the network has BatchNorm; see BackboneConfig.
@@ -35,7 +35,8 @@ class Backbone(BackboneBase):
     Attributes:
         weights: the report of what was loaded; None if nothing was.
         mean, std: of each channel of the images that the network's published weights were trained with, as
-            `pretraining_of` gives them; None where that is not known, or `in_channels` is not 3.
+            `pretraining_of` gives them; None where that is not known, or `in_channels` is not 3: then they are yours to
+            choose.
 
     >>> backbone = Backbone("resnet18", return_interm_layers=True)
     >>> backbone.strides, backbone.channels

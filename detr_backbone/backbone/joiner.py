@@ -58,8 +58,8 @@ class BackboneConfig:
 
     Args:
         name: a model of torchvision, such as resnet50, or of timm, such as timm/tf_efficientnet_lite0.
-        weights: null (random), a torchvision weights name such as IMAGENET1K_V1, or the path of a local file; a network
-            of timm takes files only.
+        weights: null (random); a local file; a weights name of torchvision such as IMAGENET1K_V1, or of timm such as
+            pretrained; a published detector such as detr_r50; or hf-hub:OWNER/NAME@REVISION.
         in_channels: channels of the images; pretrained weights of 3 are summed for 1, repeated and scaled for more.
         return_layers: the layers that become levels, by path; null for the last stage ([layer4] of a ResNet, the final
             norm of a ViT). In every path, [8-11] stands for these numbers and * for any one name: "blocks.[8-11]".

@@ -9,6 +9,7 @@ that each polygon, its area and its box are exactly those of what can be seen; b
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from detr_backbone.coco.typed_arrays import FloatArray
 from detr_backbone.errors import AnnotationError, ConfigError, DataError
 
 CLASSES = ("ellipse", "rectangle", "triangle", "star")
+_OUTLINES = {
+    # corners, radius of every other corner, rotated at random
+    "ellipse": (48, 1.0, False),
+    "rectangle": (4, 1.0, False),
+    "triangle": (3, 1.0, True),
+    "star": (10, 0.45, True),
+    "hexagon": (6, 1.0, True),
+    "cross": (8, 0.35, True),
+}
 _SIDES = (0.17, 0.55)  # of an object's larger side, as a fraction of the image
 _EMPTY = 0.04  # fraction of images without objects
 _SHARPNESS = 4  # drawn cells per pixel and side, averaged in the end
@@ -30,7 +40,14 @@ _TRIES = 20  # positions that are tried for an object before it is left out
 
 
 def draw_shapes(
-    folder: Path | str, *, train: int = 2800, val: int = 200, seed: int = 0, image_size: int = 128, max_objects: int = 4
+    folder: Path | str,
+    *,
+    train: int = 2800,
+    val: int = 200,
+    seed: int = 0,
+    image_size: int = 128,
+    max_objects: int = 4,
+    classes: tuple[str, ...] = CLASSES,
 ) -> None:
     """Draw the dataset, or leave it if the same one has been drawn before.
 
@@ -44,16 +61,20 @@ def draw_shapes(
         seed: 0 or more.
         image_size: height and width in pixels; objects grow with it, from about a sixth to half of it.
         max_objects: most objects in an image; one image in 25 has none.
+        classes: the shapes; there are also hexagon and cross.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or a shape does not exist.
         DataError: the folder holds something else.
         AnnotationError: the folder holds annotations that cannot be read.
     """
-    arguments = {"train": train, "val": val, "seed": seed, "image_size": image_size, "max_objects": max_objects}
-    for (key, value), least in zip(arguments.items(), (1, 1, 0, 32, 1), strict=True):
+    numbers = {"train": train, "val": val, "seed": seed, "image_size": image_size, "max_objects": max_objects}
+    for (key, value), least in zip(numbers.items(), (1, 1, 0, 32, 1), strict=True):
         if value < least:
             raise ConfigError(f"`{key}` must be at least {least}, got {value}")
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= _OUTLINES.keys():
+        raise ConfigError(f"`classes` must be different ones of {list(_OUTLINES)}, got {list(classes)}")
+    arguments = {**numbers, **({} if classes == CLASSES else {"classes": list(classes)})}
     folder = Path(folder)
     if _is_drawn(folder, arguments):
         return
@@ -75,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def _is_drawn(folder: Path, arguments: dict[str, int]) -> bool:
+def _is_drawn(folder: Path, arguments: dict[str, Any]) -> bool:
     """Return whether this very dataset is there; other files are an error."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -90,19 +111,20 @@ def _is_drawn(folder: Path, arguments: dict[str, int]) -> bool:
     return True
 
 
-def _info(arguments: dict[str, int]) -> dict[str, Any]:
+def _info(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the `info` of the annotation files: the arguments they were drawn with."""
     return {"description": "shapes drawn by detr_backbone.coco.shapes", "arguments": arguments}
 
 
-def _draw_split(folder: Path, split: str, count: int, seed: tuple[int, int], arguments: dict[str, int]) -> None:
+def _draw_split(folder: Path, split: str, count: int, seed: tuple[int, int], arguments: dict[str, Any]) -> None:
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    size = arguments["image_size"]
+    size, classes = arguments["image_size"], arguments.get("classes", CLASSES)
     for image_id in range(1, count + 1):
-        image, objects = _draw_image(np.random.default_rng((*seed, image_id)), size, arguments["max_objects"])
+        rng = np.random.default_rng((*seed, image_id))
+        image, objects = _draw_image(rng, size, arguments["max_objects"], classes)
         name = f"{image_id:06d}.png"
         image.save(folder / split / name, compress_level=3)
         images.append({"id": image_id, "file_name": name, "width": size, "height": size})
@@ -114,13 +136,13 @@ def _draw_split(folder: Path, split: str, count: int, seed: tuple[int, int], arg
         "info": _info(arguments),
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
     }
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _draw_image(
-    rng: np.random.Generator, size: int, max_objects: int
+    rng: np.random.Generator, size: int, max_objects: int, classes: Sequence[str] = CLASSES
 ) -> tuple[Image.Image, list[tuple[int, FloatArray]]]:
     """Return an image and the label and polygon [P, 2] of each object in it, x before y, in pixels."""
     clouds = rng.uniform(0, 255, 3) + rng.uniform(-40, 40, (5, 5, 3))
@@ -132,8 +154,8 @@ def _draw_image(
     for _ in range(wanted * _TRIES):
         if len(objects) == wanted:
             break
-        label = int(rng.integers(len(CLASSES)))
-        polygon = _put_in_image(rng, _outline(rng, CLASSES[label]), size)
+        label = int(rng.integers(len(classes)))
+        polygon = _put_in_image(rng, _outline(rng, classes[label]), size)
         cells = [(float(x), float(y)) for x, y in polygon * _SHARPNESS - 0.5]
         shape = Image.new("1", canvas.size)
         ImageDraw.Draw(shape).polygon(cells, fill=1)
@@ -148,8 +170,8 @@ def _draw_image(
 
 def _outline(rng: np.random.Generator, name: str) -> FloatArray:
     """Return the corners [P, 2] of a shape of any size, rotated and stretched at random."""
-    corners, inner = {"ellipse": (48, 1.0), "rectangle": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[name]
-    turn = rng.uniform(0, 2 * math.pi) if name in ("triangle", "star") else math.pi / 4
+    corners, inner, rotated = _OUTLINES[name]
+    turn = rng.uniform(0, 2 * math.pi) if rotated else math.pi / 4
     angles = turn + np.arange(corners) * (2 * math.pi / corners)
     radius = np.where(np.arange(corners) % 2, inner, 1.0)
     stretch = rng.permutation([1.0, rng.uniform(0.5, 1.0)])

@@ -13,12 +13,13 @@ COMMANDS = {
     "train": "train a detector on a dataset in COCO format",
     "evaluate": "compute COCO's numbers of a detector, or of detections in a file",
     "predict": "detect objects in pictures; write them as JSON and draw them",
+    "export": "write a detector as ONNX, for OpenVINO (also in int8) or as .pt2",
     "check-data": "find what is wrong with a dataset before training does",
     "convert-data": "convert a YOLO, Pascal VOC or CVAT dataset to COCO format, and check it",
     "make-subset": "write a part of a dataset as a dataset",
     "compare": "compare two detectors on the same images",
     "inspect": "describe the layers of a detector, and draw what they hold",
-    "convert-weights": "rename the tensors of a weights file to the keys of a network",
+    "convert-weights": "write weights under the names of another library",
 }
 
 

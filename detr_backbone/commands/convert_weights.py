@@ -1,31 +1,45 @@
 """`detr-backbone convert-weights`."""
 
-from pathlib import Path
-
-import torch
-
+from detr_backbone.checkpoints.layouts import Names
+from detr_backbone.checkpoints.write import convert_weights, write_weights
 from detr_backbone.commands.command_line import Command, output_file
 from detr_backbone.networks.build import build_network
-from detr_backbone.networks.weights import rename_in_order
+from detr_backbone.weights.locate import locate_weights
+from detr_backbone.weights.read import read_weights
+from detr_backbone.weights.rename import rename_in_order
+from detr_backbone.weights.resnet_keys import ResNetLayout
 
 
-def main(*, source: str, name: str, output: str) -> None:
-    """Rename the tensors of a weights file to the keys of a network that lists the same tensors in the same order.
+def main(
+    *,
+    source: str,
+    output: str,
+    names: Names = "original",
+    resnet: ResNetLayout = "torchvision",
+    name: str | None = None,
+) -> None:
+    """Write the weights of a detector or a network under the names of another library.
 
     Args:
-        source: the file, as other code saved it.
-        name: the network, as in `detector.backbone.name`.
-        output: the file to write, for `detector.backbone.weights`.
+        source: a file or folder, a published detector such as detr_r50, or hf-hub:OWNER/NAME@REVISION.
+        output: the file to write; .safetensors writes safetensors, any other ending what torch.save writes.
+        names: of a detector: original, huggingface (files of transformers), huggingface_modules (transformers 5).
+        resnet: of a ResNet, alone or in a detector: torchvision, detectron2, huggingface or presnet.
+        name: a network, as in `detector.backbone.name`, that holds the tensors of `source` in the same order under
+            names of its own, which are then written; for libraries whose names are not known here.
     """
     file = output_file(output)
-    own = build_network(name).state_dict()
-    renamed = rename_in_order(Path(source), own)
-    torch.save(renamed, file)
-    print(f"{len(renamed)} tensors: {output}")
+    path = locate_weights(source).path
+    if name is not None:
+        layout, renamed = "order", rename_in_order(path, build_network(name).state_dict())
+    else:
+        layout, renamed = convert_weights(read_weights(path).tensors, names=names, resnet=resnet)
+    write_weights(renamed, file)
+    print(f"{len(renamed)} tensors, found by {layout}: {output}")
 
 
 COMMAND = Command(
     name="detr-backbone convert-weights",
     main=main,
-    example="detr-backbone convert-weights --source published.pth --name timm/tf_efficientnet_lite0 --output own.pth",
+    example="detr-backbone convert-weights --source detr_r50 --output out/model.safetensors --names huggingface",
 )

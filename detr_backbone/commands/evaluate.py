@@ -1,11 +1,12 @@
 """`detr-backbone evaluate`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from detr_backbone.backbone import fold_for_inference
 from detr_backbone.coco.annotations import load_annotations
@@ -18,6 +19,7 @@ from detr_backbone.evaluation.evaluator import Backend, CocoEvaluator
 from detr_backbone.evaluation.intervals import resample_intervals
 from detr_backbone.evaluation.result import CocoResult, write_result
 from detr_backbone.evaluation.settings import COCO_AREAS, COCO_SETTINGS, COCO_THRESHOLDS, EvaluationSettings
+from detr_backbone.export import EngineName, EnginePrecision, ExportedDetector
 from detr_backbone.report import origin, write_report
 from detr_backbone.training import (
     SplitConfig,
@@ -25,12 +27,11 @@ from detr_backbone.training import (
     build_accelerator,
     check_normalisation,
     config_to_dict,
-    detector_of,
     evaluate,
-    load_checkpoint,
     open_split,
     parse_config,
 )
+from detr_backbone.training.exported import open_detector
 from detr_backbone.training.run_paths import find_split
 
 AS_CONFIGURED = SubsetConfig()
@@ -52,12 +53,15 @@ def main(
     area_ranges: dict[str, tuple[float, float]] | None = None,
     max_dets: tuple[int, ...] = (1, 10, 100),
     policies: DataPolicies = DEFAULT_POLICIES,
+    engine: EngineName | None = None,
+    threads: int | None = None,
+    precision: EnginePrecision = "float32",
     overrides: Sequence[str] = (),
 ) -> None:
     """Evaluate a detector, or its detections, on a dataset in COCO format.
 
     Args:
-        checkpoint: the trained detector; its own configuration says what it is.
+        checkpoint: the trained detector, or a file of `detr-backbone export`; its own configuration says what it is.
         config: without a checkpoint, the configuration of a detector that is evaluated untrained.
         detections: without a detector, a COCO results file of any detector; --annotations says on what.
         images: the folder of the image files; the validation split of the configuration if left out.
@@ -74,6 +78,10 @@ def main(
         max_dets: detections per image and class that count, such as "[1, 10, 300]": recall is given for each number,
             AP for the last one.
         policies: with --detections, how faults of the annotations are handled that need not be refused.
+        engine: for an exported file, what runs it; if left out, onnxruntime for .onnx, openvino for .xml, torch for
+            .pt2.
+        threads: for an exported file, threads of one pass; if left out, what the engine takes.
+        precision: for an exported file in OpenVINO, what it computes in.
         overrides: words that change the configuration.
     """
     if sum(given is not None for given in (checkpoint, config, detections)) != 1:
@@ -107,8 +115,11 @@ def main(
             raise ConfigError("--policies need --detections; a detector's configuration has its own, data.policies")
         require("accelerate", extra="train")
         split = None if images is None else SplitConfig(images=images, annotations=str(annotations))
+        opened = None
+        if checkpoint is not None:
+            opened = open_detector(checkpoint, engine=engine, threads=threads, precision=precision, overrides=overrides)
         result, evaluator, settings, device, is_main = _detect(
-            checkpoint, config, split=split, subset=subset, backend=backend, overrides=overrides
+            opened, str(checkpoint or config), split=split, subset=subset, backend=backend, overrides=overrides
         )
         if counting != COCO_SETTINGS:
             evaluator = evaluator.with_settings(counting)
@@ -140,38 +151,47 @@ def main(
 
 
 def _detect(
-    checkpoint: str | None,
-    config: str | None,
+    opened: tuple[nn.Module, TrainConfig, Mapping[int, str]] | None,
+    source: str,
     *,
     split: SplitConfig | None,
     subset: SubsetConfig,
     backend: Backend | None,
     overrides: Sequence[str],
 ) -> tuple[CocoResult, CocoEvaluator, TrainConfig, torch.device, bool]:
-    """Return the evaluation of a detector, its configuration and device, and whether this process reports it."""
-    if checkpoint is not None:
-        loaded = load_checkpoint(checkpoint)
-        model, settings = detector_of(loaded, overrides=overrides)
-        fold_for_inference(model, dtype=torch.bfloat16 if settings.mixed_precision == "bf16" else None)
-    else:
-        settings = parse_config(["--config", str(config), *overrides])
-    split = split or find_split(settings.data.val, near=Path(checkpoint or str(config)))
+    """Return the evaluation of a detector, its configuration and device, and whether this process reports it.
+
+    Args:
+        opened: the detector, its configuration and its categories; None for an untrained one.
+        source: the file that it comes from, or for an untrained one its configuration.
+        split: what it is evaluated on; None for what the configuration says.
+        subset: a selection of it.
+        backend: see `main`.
+        overrides: for the configuration of an untrained one.
+    """
+    settings = parse_config(["--config", source, *overrides]) if opened is None else opened[1]
+    split = split or find_split(settings.data.val, near=Path(source))
     if subset != AS_CONFIGURED:
         split = replace(split, subset=subset)
     backend = backend or settings.data.eval_backend
     settings = replace(settings, data=replace(settings.data, val=split, eval_backend=backend))
     dataset = open_split(settings.data, split, train=False)
-    if checkpoint is None:
+    if opened is None:
         print("no checkpoint: this detector is untrained")
         torch.manual_seed(settings.seed)
         settings = replace(settings, detector=replace(settings.detector, num_classes=dataset.num_classes))
-        model = build_detector(settings.detector)
-    elif dataset.categories != loaded.categories:
-        raise ConfigError(
-            f"the dataset must have the categories of the checkpoint, {loaded.categories}, got {dataset.categories}"
-        )
+        model: nn.Module = build_detector(settings.detector)
+    else:
+        model, _, categories = opened
+        if dataset.categories != categories:
+            raise ConfigError(
+                f"the dataset must have the categories of the checkpoint, {categories}, got {dataset.categories}"
+            )
     check_normalisation(settings)
-    accelerator = build_accelerator(settings.mixed_precision)
+    exported = isinstance(model, ExportedDetector)
+    if opened is not None and not exported:
+        fold_for_inference(model, dtype=torch.bfloat16 if settings.mixed_precision == "bf16" else None)
+    accelerator = build_accelerator("no" if exported else settings.mixed_precision, cpu=exported)
     postprocess = build_postprocess(settings.detector, category_ids=dataset.category_ids)
     result, evaluator = evaluate(model.to(accelerator.device), postprocess, dataset, settings.data, accelerator)
     device, is_main = accelerator.device, accelerator.is_main_process

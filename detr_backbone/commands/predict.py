@@ -14,6 +14,7 @@ from detr_backbone.coco.findings import KINDS, Finding
 from detr_backbone.coco.images import examine_image
 from detr_backbone.commands.command_line import Command, output_folder, require
 from detr_backbone.errors import ConfigError, DataError
+from detr_backbone.export import EngineName, EnginePrecision
 from detr_backbone.prediction import (
     ImageFiles,
     Prediction,
@@ -44,6 +45,9 @@ def main(
     pictures: Literal["jpg", "png", "none"] = "jpg",
     batch_size: int = 1,
     strict: bool = False,
+    engine: EngineName | None = None,
+    threads: int | None = None,
+    precision: EnginePrecision = "float32",
     overrides: Sequence[str] = (),
 ) -> int:
     """Detect objects in pictures, and write them as JSON and as annotated images.
@@ -51,7 +55,7 @@ def main(
     Files that cannot be read are skipped and named, and the exit code is 1.
 
     Args:
-        checkpoint: the trained detector.
+        checkpoint: the trained detector, or a file of `detr-backbone export`.
         images: a picture, or a folder of pictures.
         output: the folder for predictions.json and the annotated images.
         threshold: detections with a lower score are left out, 0 to 1; `best` takes the score with the best F1 from the
@@ -64,6 +68,10 @@ def main(
         pictures: the format of the annotated images; none writes JSON only.
         batch_size: pictures in one forward pass.
         strict: stop at the first file that cannot be read.
+        engine: for an exported file, what runs it; if left out, onnxruntime for .onnx, openvino for .xml, torch for
+            .pt2.
+        threads: for an exported file, threads of one pass; if left out, what the engine takes.
+        precision: for an exported file in OpenVINO, what it computes in.
         overrides: words that change the configuration of the run.
     """
     if threshold != "best" and not 0 <= threshold <= 1:
@@ -79,7 +87,7 @@ def main(
     if folder.resolve() == source.resolve():
         raise ConfigError(f"`--output` must be another folder than that of the pictures, got {output}")
     files = find_images(images, recursive=recursive) if annotations is None else None
-    predictor = load_predictor(checkpoint, overrides=overrides)
+    predictor = load_predictor(checkpoint, engine=engine, threads=threads, precision=precision, overrides=overrides)
     files = files or read_image_list(images, str(annotations), predictor.categories)
     run = _Run(files, folder, score=score, pictures=pictures, strict=strict, checkpoint=checkpoint)
     with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:

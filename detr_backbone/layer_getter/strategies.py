@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -133,8 +134,14 @@ class Hooks:
 
     def _returned(self, names: Iterable[str], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         outputs = self._running.get()
-        if outputs is not None:
+        if outputs is None:
+            return
+        try:
             outputs.add(names, output)
+        except AllReturned:
+            # torch.export follows modules in and out; what comes after the last layer is no part of its graph anyway.
+            if not torch.compiler.is_exporting():
+                raise
 
 
 def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:
@@ -144,9 +151,8 @@ def _children_in_sequence(model: nn.Module, graph: fx.Graph) -> list[str]:
     """
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     children = [name for name, _ in model.named_children()][: len(calls)]
-    in_sequence = [node.target for node in calls if node.op == "call_module"] == children and all(
-        node.args == (node.prev,) and not node.kwargs for node in calls
-    )
+    called = [node.target if node.op == "call_module" else None for node in calls]
+    in_sequence = called == children and all(node.args == (node.prev,) and not node.kwargs for node in calls)
     return children if in_sequence else []
 
 

@@ -29,7 +29,7 @@ def pretraining_of(name: str, weights: str | None = None) -> Pretraining | None:
     as in timm/vit_base_patch16_224.dino. Without a tag they are timm's default.
 
     Args:
-        name: of a network, as `build_network` takes it.
+        name: of a network that `build_network` builds.
         weights: the name of its weights in torchvision; anything else is taken for a copy of those.
     """
     if name.startswith(TIMM):

@@ -17,9 +17,10 @@ from detr_backbone.coco.dataset import Target
 from detr_backbone.coco.images import read_image
 from detr_backbone.coco.transforms import TransformConfig, make_transforms
 from detr_backbone.detectors import PostProcess, build_postprocess
+from detr_backbone.errors import ConfigError
+from detr_backbone.export import EngineName, EnginePrecision, ExportedDetector
 from detr_backbone.nested_tensor import Size, nested_tensor_from_tensor_list
-from detr_backbone.training.checkpoint import load_checkpoint
-from detr_backbone.training.inference import detector_of
+from detr_backbone.training.exported import open_detector
 
 Picture: TypeAlias = str | Path | Image.Image | npt.NDArray[np.uint8]
 """A file, a PIL image, or uint8 [h, w, 3] in RGB (OpenCV reads BGR: `array[..., ::-1]`) or [h, w] in grey."""
@@ -89,7 +90,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, images: Iterator[Image.Image], batch_size: int) -> Iterator[Prediction]:
-        device = next(self.model.parameters()).device
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         while batch := list(islice(images, batch_size)):
             inputs = [model_input(image, self.transforms) for image in batch]
             outputs = self.model(nested_tensor_from_tensor_list(inputs).to(device))
@@ -111,27 +112,41 @@ class Predictor:
 
 
 def load_predictor(
-    checkpoint: Path | str, *, device: torch.device | str | None = None, overrides: Sequence[str] = ()
+    checkpoint: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    engine: EngineName | None = None,
+    threads: int | None = None,
+    precision: EnginePrecision = "float32",
+    overrides: Sequence[str] = (),
 ) -> Predictor:
-    """Return the trained detector of a checkpoint, ready for pictures.
+    """Return the trained detector of a checkpoint or of an exported file, ready for pictures.
 
     Args:
-        checkpoint: the file that training wrote.
-        device: where it runs; a GPU if there is one, if left out.
+        checkpoint: the file that training wrote, or that `export_checkpoint` made of it.
+        device: where it runs; a GPU if there is one, if left out. Exported files run on the CPU.
+        engine: see `load_exported`; for exported files only, as are `threads` and `precision`.
+        threads: see `load_exported`.
+        precision: see `load_exported`.
         overrides: words of a command line that change its configuration, as ["--data.transforms.eval_size", "640"].
 
     Raises:
         CheckpointError: the file is damaged, no such checkpoint, or does not fit the overrides.
         ConfigError: an override is no key, or does not fit it.
+        ExportError: an exported file cannot be run.
     """
-    loaded = load_checkpoint(checkpoint)
-    model, config = detector_of(loaded, overrides=overrides)
-    fold_for_inference(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, config, categories = open_detector(
+        checkpoint, engine=engine, threads=threads, precision=precision, overrides=overrides
+    )
+    if not isinstance(model, ExportedDetector):
+        fold_for_inference(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    elif torch.device(device or "cpu").type != "cpu":
+        raise ConfigError(f"`device` must be cpu for an exported file, got {device}")
     return Predictor(
         model=model,
-        postprocess=build_postprocess(config.detector, category_ids=loaded.category_ids),
+        postprocess=build_postprocess(config.detector, category_ids=tuple(categories)),
         transforms=config.data.transforms,
-        categories=loaded.categories,
+        categories=categories,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
 
+from detr_backbone.checkpoints.load import InitClasses
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.errors import ConfigError
 from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_of
@@ -31,6 +32,10 @@ class TrainConfig:
     Args:
         output_dir: the folder of checkpoints, metrics and resolved configuration.
         detector: the detector.
+        init_from: start from a whole detector: a file, a published one such as detr_r50, or
+            hf-hub:OWNER/NAME@REVISION. The detector must be the same but for its classes and queries.
+        init_classes: its class head: new starts it anew; by_name copies the classes of equal name and starts the others
+            anew; same keeps it whole, for the same classes in the same order.
         data: the data.
         optimizer: the optimiser.
         mixed_precision: "bf16" computes the detector under autocast.
@@ -56,6 +61,8 @@ class TrainConfig:
 
     output_dir: str = "runs/run"
     detector: DetectorConfig = field(default_factory=DetectorConfig)
+    init_from: str | None = None
+    init_classes: InitClasses = "new"
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixed_precision: Literal["no", "bf16"] = "no"

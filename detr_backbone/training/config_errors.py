@@ -194,7 +194,7 @@ def values_as_yaml(words: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
         list_type = next((part for part in parts if _is_list(part)), None)
         if list_type is None:
             joined.append(word)
-            if hint is bool and not equals and (not rest or rest[0].startswith("--")):
+            if bool in parts and not equals and (not rest or rest[0].startswith("--")):
                 joined.append("true")
             continue
         values = [value] if equals else []

@@ -20,6 +20,7 @@ def build_accelerator(
     timeout: int = 600,
     trackers: Sequence[str] = (),
     folder: Path | str | None = None,
+    cpu: bool = False,
 ) -> "Accelerator":
     """Return the Accelerate of this process, one of those that `torchrun` started, or the only one.
 
@@ -28,6 +29,7 @@ def build_accelerator(
         timeout: seconds after which a collective that some process never joins is an error.
         trackers: names of experiment trackers that Accelerate knows.
         folder: where trackers write that write files.
+        cpu: use no other device.
 
     Raises:
         ConfigError: Accelerate joined another number of processes than were launched; each would train for itself.
@@ -37,7 +39,7 @@ def build_accelerator(
     # Left alone on a machine without accelerators, Accelerate does not join the processes of torchrun.
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        cpu=not torch.accelerator.is_available(),
+        cpu=cpu or not torch.accelerator.is_available(),
         log_with=list(trackers) or None,
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],

@@ -3,7 +3,6 @@
 import math
 import warnings
 
-from detr_backbone.errors import ConfigError
 from detr_backbone.networks.pretraining import pretraining_of
 from detr_backbone.training.config import TrainConfig
 
@@ -12,26 +11,17 @@ _TOLERANCE = 0.01
 
 
 def check_normalisation(config: TrainConfig) -> None:
-    """Warn if `data.transforms` normalises otherwise than the weights of the backbone were trained; switch nothing.
-
-    Raises:
-        ConfigError: the backbone takes other images than the RGB that `data.transforms` gives.
-    """
+    """Warn if `data.transforms` normalises otherwise than the weights of the backbone were trained; switch nothing."""
     backbone, transforms = config.detector.backbone, config.data.transforms
-    if backbone.in_channels != 3:
-        raise ConfigError(
-            f"`detector.backbone.in_channels` must be 3 for pictures, got {backbone.in_channels}; for other "
-            "images give their mean and std in a dataset and a training loop of your own"
-        )
     pretraining = None if backbone.weights is None else pretraining_of(backbone.name, backbone.weights)
     if pretraining is None:
         return
-    for key, expected in (("mean", pretraining.mean), ("std", pretraining.std)):
-        got = getattr(transforms, key)
-        if not all(math.isclose(a, b, rel_tol=_TOLERANCE) for a, b in zip(got, expected, strict=True)):
-            warnings.warn(
-                f"images are normalised otherwise than in pretraining | where: key=data.transforms.{key} | got "
-                f"{list(got)} expected {list(expected)} of {backbone.name} ({pretraining.source}) | fix: set it, or "
-                "name the weights that you have, as in timm/NAME.TAG",
-                stacklevel=2,
-            )
+    got, expected = transforms.mean + transforms.std, pretraining.mean + pretraining.std
+    if not all(math.isclose(a, b, rel_tol=_TOLERANCE) for a, b in zip(got, expected, strict=True)):
+        warnings.warn(
+            "images are normalised otherwise than in pretraining | where: key=data.transforms | got mean "
+            f"{list(transforms.mean)} std {list(transforms.std)} expected mean {list(pretraining.mean)} std "
+            f"{list(pretraining.std)} of {backbone.name} ({pretraining.source}) | fix: set both, or name the "
+            "weights that you have, as in timm/NAME.TAG",
+            stacklevel=2,
+        )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
@@ -72,7 +73,14 @@ class Run:
             refuse_another_run(
                 previous, config, train_set.categories, data=self._data, images_per_step=self.images_per_step
             )
-        model = build_detector(config.detector if previous is None else without_pretrained(config.detector))
+        is_whole = previous is not None or config.init_from is not None
+        model = build_detector(without_pretrained(config.detector) if is_whole else config.detector)
+        if previous is None and config.init_from is not None:  # before weights are averaged
+            loaded = load_detector(
+                model, config.init_from, init_classes=config.init_classes, category_names=train_set.category_names
+            )
+            transforms = config.data.transforms
+            self.log.say(f"{loaded}\n{loaded.compare_images(transforms.mean, transforms.std)}")
         if config.compile:
             model.compile()
         self.learner = Learner(
@@ -172,16 +180,21 @@ class Run:
         """Begin at the first step, or where a checkpoint ends."""
         learner, config = self.learner, self.config
         if previous is None:
-            calibrated = 0
-            if config.calibration_images and needs_calibration(learner.model):
-                calibrated = calibrate(learner.model, config, train_set, images_per_step=self.images_per_step)
-            self.log.say(describe_start(learner.model, calibrated=calibrated))
+            if config.init_from is None:
+                self._start_backbone(train_set)
             learner.prepare(step=0)
             return
         self.step, self.rows, self._threshold = previous.step, [*map(dict, previous.rows)], previous.threshold
         restore(previous, learner.model, learner.optimizer, learner.schedule)
         learner.prepare(step=self.step, average=previous.average)
         self.log.say(f"resumed after step {self.step} of {self.total_steps}, epoch {previous.epoch}")
+
+    def _start_backbone(self, train_set: CocoDetection) -> None:
+        """Give a backbone without weights the statistics of the data, and say what the backbone starts from."""
+        model, calibrated = self.learner.model, 0
+        if self.config.calibration_images and needs_calibration(model):
+            calibrated = calibrate(model, self.config, train_set, images_per_step=self.images_per_step)
+        self.log.say(describe_start(model, calibrated=calibrated))
 
 
 def load_previous(folder: RunFolder, config: TrainConfig) -> tuple[Checkpoint | None, list[str]]:

@@ -1,0 +1,1 @@
+"""Pretrained weights: located by name, downloaded once, read without running code, loaded completely."""
