@@ -49,7 +49,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_its_configuration_its_log_and_its_checkpoint(run: Path) -> None:
-    files = {"config.yaml", "metrics.csv", "curves.png", CHECKPOINT, "checkpoint_1.pt", "checkpoint_best.pt", ".lock"}
+    files = {"config.yaml", "metrics.csv", "curves.png", CHECKPOINT, "checkpoint_1.pt", "checkpoint_best.pt"}
     assert {path.name for path in run.iterdir()} == files
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["detector"]["num_classes"] >= 3
 

@@ -139,7 +139,7 @@ def duration(seconds: float) -> str:
     """Return seconds as a person says them.
 
     >>> duration(41), duration(754), duration(7500), duration(200_000)
-    ('41 s', '13 min', '2 h 05 min', '2 d 8 h')
+    ('41 s', '13 min', '2 h 05 min', '2 d 7 h')
     """
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -55,7 +55,10 @@ class RunFolder:
                 )
             for leftover in self.path.glob("*.partial"):
                 leftover.unlink()  # of a run that was killed while it wrote
-            yield
+            try:
+                yield
+            finally:
+                (self.path / _LOCK).unlink(missing_ok=True)
 
     def require_space(self, checkpoint: int) -> None:
         """Refuse to begin where the disk has no room for the checkpoints that a run writes.
@@ -141,6 +144,6 @@ def _lock(file: IO[str]) -> bool:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except OSError:  # another run holds it, or has just removed it
         return False
-    return True
