@@ -24,7 +24,7 @@ from detr_backbone.training import (
     save_checkpoint,
 )
 from detr_backbone.training.exported import export_checkpoint, open_exported_detector, quantize_detector
-from tests.test_export import build_joiner
+from tests.export_models import build_joiner
 
 CONFIG: dict[str, Any] = {
     "detector": {
