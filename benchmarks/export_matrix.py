@@ -18,15 +18,19 @@ from detr_backbone.commands.command_line import Command
 from detr_backbone.detectors import DetectorConfig, build_detector
 from detr_backbone.errors import DetrBackboneError
 from detr_backbone.export import export
+from detr_backbone.pyramid import PyramidConfig
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 """Engine -> the format that is written for it."""
 
 
-def backbone(name: str, return_layers: tuple[str, ...] | None = None) -> Callable[[], nn.Module]:
+def backbone(
+    name: str, return_layers: tuple[str, ...] | None = None, pyramid: PyramidConfig | None = None
+) -> Callable[[], nn.Module]:
     """Return what builds a Joiner with random weights."""
-    return lambda: build_backbone(BackboneConfig(name=name, return_layers=return_layers, train_layers=()))
+    config = BackboneConfig(name=name, return_layers=return_layers, train_layers=(), pyramid=pyramid)
+    return lambda: build_backbone(config)
 
 
 def detector(
@@ -58,7 +62,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "ResNet-50, four levels, masks": (backbone("resnet50", STAGES), True),
     "ConvNeXt-T": (backbone("convnext_tiny"), False),
     "SE-ResNet-50 (timm)": (backbone("timm/seresnet50"), False),
-    "ViT-S/16 (timm)": (backbone("timm/vit_small_patch16_224"), False),
+    "ViT-S/16 (timm), a pyramid of four levels": (
+        backbone("timm/vit_small_patch16_224", pyramid=PyramidConfig(strides=(8, 16, 32, 64))),
+        False,
+    ),
     "DETR, ResNet-50": (detector("detr"), False),
     "DETR, ResNet-50, masks": (detector("detr"), True),
     "DETR, ResNet-50, zeros as padding, masks": (detector("detr", padding="zeros"), True),

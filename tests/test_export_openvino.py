@@ -11,7 +11,7 @@ from torch import nn
 from detr_backbone import Joiner
 from detr_backbone.errors import ExportError
 from detr_backbone.export import ExportedDetector, ExportReport, export, load_exported, quantize
-from tests.test_export import assert_same, build_joiner, build_tiny_detr, images
+from tests.export_models import assert_same, build_joiner, build_tiny_detr, images
 
 pytest.importorskip("openvino")
 

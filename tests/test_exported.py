@@ -24,7 +24,7 @@ from detr_backbone.training import (
     save_checkpoint,
 )
 from detr_backbone.training.exported import export_checkpoint, open_exported_detector, quantize_detector
-from tests.test_export import build_joiner
+from tests.export_models import build_joiner
 
 CONFIG: dict[str, Any] = {
     "detector": {
@@ -80,7 +80,13 @@ def checkpoint(detector: DETR, config: TrainConfig, validation: CocoDetection, r
             model=detector.state_dict(),
             optimizer={},
             schedule={},
+            step=1,
             epoch=1,
+            images_per_step=1,
+            seconds=0.0,
+            losses={},
+            rows=[],
+            threshold=None,
             config=config_to_dict(config),
             category_ids=validation.category_ids,
             category_names=tuple(validation.categories.values()),

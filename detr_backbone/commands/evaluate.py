@@ -202,6 +202,10 @@ def _detect(
 COMMAND = Command(
     name="detr-backbone evaluate",
     main=main,
+    shown=(
+        *("checkpoint", "config", "detections", "images", "annotations", "subset", "output", "report", "backend"),
+        *("intervals", "iou_thresholds", "area_ranges", "max_dets", "engine"),
+    ),
     example="detr-backbone evaluate --checkpoint runs/shapes/checkpoint.pt --report runs/shapes/report\n"
     "detr-backbone evaluate --detections detections.json --annotations val.json --images val",
 )

@@ -1,6 +1,7 @@
 """A model as a graph: tensors in, tensors out, traced once for every batch size, height and width."""
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ def inference_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().float().eval().requires_grad_(requires_grad=False)
 
 
-def trace(graph: Graph, size: Size, in_channels: int) -> torch.export.ExportedProgram:
+def trace(graph: Graph, size: Size, in_channels: int) -> "torch.export.ExportedProgram":
     """Return the graph as torch.export gives it, for any batch size, height and width.
 
     Args:
@@ -90,7 +91,38 @@ def trace(graph: Graph, size: Size, in_channels: int) -> torch.export.ExportedPr
         ) from error
 
 
-def least_size(program: torch.export.ExportedProgram) -> Size:
+def refuse_partial_graph(program: "torch.export.ExportedProgram", *, unit: int, in_channels: int, masks: bool) -> None:
+    """Refuse a graph that serves only some sizes of images with more than one cell at the coarsest level.
+
+    torch.export records what it took for granted of the example's sizes; an ONNX file does not know of it.
+
+    Args:
+        program: the traced graph.
+        unit: pixels per cell of the coarsest level.
+        in_channels: C of the images.
+        masks: whether it takes masks.
+
+    Raises:
+        ExportError: naming a size that it does not serve, and what it takes for granted.
+    """
+    guards = dict(program.module().named_children()).get("_guards_fn")
+    if guards is None:
+        return
+    sides = [unit + 1, 2 * unit - 1, 2 * unit, 3 * unit + 1, 8 * unit, 43 * unit - 1]
+    for batch, height, width in itertools.product((1, 2, 5), sides, sides):
+        inputs = [torch.empty(batch, in_channels, height, width, device="meta")]
+        if masks:
+            inputs.append(torch.empty(batch, height, width, dtype=torch.bool, device="meta"))
+        try:
+            guards(*inputs)
+        except AssertionError as error:
+            raise ExportError(
+                f"model cannot be traced for every size | where: key=torch.export | got {first_line(error)} for "
+                f"{batch} x {height} x {width} | fix: this network's own code serves some sizes only; use it in PyTorch"
+            ) from error
+
+
+def least_size(program: "torch.export.ExportedProgram") -> Size:
     """Return the least (H, W) that a traced graph takes."""
     placeholder = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == "images")
     _, _, *sides = placeholder.meta["val"].shape

@@ -12,7 +12,6 @@ from detr_backbone.errors import ExportError
 from detr_backbone.export.engines import Engine, EngineName, EnginePrecision, open_engine
 from detr_backbone.export.metadata import position_encoding_from_dict
 from detr_backbone.nested_tensor import Images, NestedTensor, Size, as_nested_tensor
-from detr_backbone.padding.by_size import group_by_size, merge_levels
 from detr_backbone.padding.exact import feature_level
 
 
@@ -112,8 +111,9 @@ class ExportedBackbone(_Exported):
         batch = self._batch(images, sizes)
         if self.padding == "zeros" or self.metadata.masks or not batch.is_padded:
             return self._levels(batch)
-        groups = group_by_size(batch, 1)
-        return merge_levels(groups, [self._levels(group.images) for group in groups], batch, self.strides)
+        from detr_backbone.padding.by_size import run_by_size  # it loads torch's compiler
+
+        return run_by_size(self._levels, batch, self.strides, 1)
 
     def _levels(self, batch: NestedTensor) -> dict[str, NestedTensor]:
         return {
@@ -136,6 +136,8 @@ class ExportedDetector(_Exported):
         return dict(zip(self.metadata.outputs, outputs, strict=True))
 
     def _run_by_size(self, batch: NestedTensor) -> list[Tensor]:
+        from detr_backbone.padding.by_size import group_by_size
+
         groups = group_by_size(batch, 1)
         order = torch.tensor([index for group in groups for index in group.indices]).argsort()
         return [torch.cat(part)[order] for part in zip(*(self._run(group.images) for group in groups), strict=True)]

@@ -16,7 +16,7 @@ from torch import nn
 
 from detr_backbone.errors import ExportError
 from detr_backbone.export.engines import ENGINES, require
-from detr_backbone.export.graph import Graph, first_line, inference_copy, least_size, trace
+from detr_backbone.export.graph import Graph, first_line, inference_copy, least_size, refuse_partial_graph, trace
 from detr_backbone.export.loading import load_exported
 from detr_backbone.export.metadata import KEY, ExportMetadata, hash_of_weights, position_encoding_to_dict
 from detr_backbone.export.self_check import largest_differences, smallest_scale
@@ -100,9 +100,10 @@ def export(
     in_channels = first_convolution(graph.backbone.body)[1].in_channels
     encoding = position_encoding_to_dict(model[1]) if graph.kind == "joiner" else None  # type: ignore[index]
     reference = inference_copy(model)
-    unit = max(getattr(model, "strides", graph.backbone.strides))
-    unit *= smallest_scale(reference, unit=unit, in_channels=in_channels)
+    stride = max(getattr(model, "strides", graph.backbone.strides))
+    unit = stride * smallest_scale(reference, unit=stride, in_channels=in_channels)
     program = trace(graph, (3 * unit + 1, 4 * unit + 3), in_channels)
+    refuse_partial_graph(program, unit=unit, in_channels=in_channels, masks=masks)
     metadata = ExportMetadata(
         kind=graph.kind,
         outputs=graph.outputs,
@@ -149,7 +150,7 @@ def write_openvino(model: Any, path: Path, metadata: ExportMetadata) -> None:
     openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
-def _write(program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
+def _write(program: "torch.export.ExportedProgram", path: Path, metadata: ExportMetadata) -> None:
     if path.suffix == ".pt2":
         with warnings.catch_warnings():  # of weights in channels_last, of devices other than the CPU
             warnings.filterwarnings("ignore", message="No complete tensor found in the group")
@@ -164,7 +165,7 @@ def _write(program: torch.export.ExportedProgram, path: Path, metadata: ExportMe
         onnx.unlink()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: ExportMetadata) -> None:
+def _write_onnx(program: "torch.export.ExportedProgram", path: Path, metadata: ExportMetadata) -> None:
     inputs = ["images", "mask"] if metadata.masks else ["images"]
     optimizer = logging.getLogger("onnxscript.optimizer")  # it warns of every operator that it leaves as it is
     level = optimizer.level
