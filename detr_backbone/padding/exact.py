@@ -118,6 +118,8 @@ def _zero_inputs(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | No
     if running is None or running.padded is None:
         return None
     (features,) = inputs
+    if features.shape[0] != running.padded.mask.shape[0]:
+        return None  # such as the heads of an attention: no map of the batch, and the self-test sees what it lets in
     # The image may be the caller's own memory, and another layer may have saved the features for its backward pass.
     in_place = stride > 1 and not torch.is_grad_enabled()
     return (_zero_padded_cells(features, *running.padded.at_stride(stride), in_place=in_place),)
