@@ -67,7 +67,7 @@ def test_the_command_takes_splits_policies_and_queries_from_a_configuration(scri
 def test_the_command_needs_a_dataset(script: Command, folder: Path) -> None:
     result = script(folder, "check_data.py", "--images", "shapes/train")
 
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "error: give --images and --annotations, or --config" in result.stderr
 
 
