@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list
 
 SCALES = (1, 2, 4, 8)
+DETECTIONS = {"pred_logits", "pred_boxes"}
 
 
 def smallest_scale(model: nn.Module, *, unit: int, in_channels: int) -> int:
@@ -68,14 +69,18 @@ def largest_differences(reference: nn.Module, exported: nn.Module, *, unit: int,
     """Return for each batch of `check_batches` the largest difference of `exported` from `reference` in any output.
 
     A difference is that of two values divided by the larger of 1 and the output's largest value. NaN counts as infinite
-    and so does another shape, mask or size.
+    and so does another shape, mask or size. Detections of an image are compared as a set: proposals of equal score come
+    in no particular order.
     """
     differences = {}
     for name, batch in check_batches(unit=unit, in_channels=in_channels):
         with torch.inference_mode():
-            expected, got = tensors_of(reference(batch)), tensors_of(exported(batch))
-        pairs = ((expected[key], got.get(key)) for key in expected if key in got or not key.startswith(("aux", "enc")))
-        differences[name] = max(_difference(a, b) for a, b in pairs)
+            expected, got = reference(batch), exported(batch)
+        if isinstance(got, Mapping) and got.keys() >= DETECTIONS:
+            differences[name] = _difference_of_sets(*(_as_vectors(outputs, expected) for outputs in (expected, got)))
+        else:
+            tensors, others = tensors_of(expected), tensors_of(got)
+            differences[name] = max(_difference(tensor, others.get(key)) for key, tensor in tensors.items())
     return differences
 
 
@@ -94,6 +99,20 @@ def _difference(expected: Tensor, got: Tensor | None) -> float:
         return float("inf")
     difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
     return difference if difference == difference else float("inf")  # noqa: PLR0124 - NaN differs from itself
+
+
+def _as_vectors(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Tensor:
+    """Return the detections [B, Q, K + 4], logits divided by the larger of 1 and the reference's largest."""
+    logits = outputs["pred_logits"] / reference["pred_logits"].abs().max().clamp(min=1)
+    return torch.cat([logits, outputs["pred_boxes"]], dim=2)
+
+
+def _difference_of_sets(expected: Tensor, got: Tensor) -> float:
+    """Return how far any detection of either is from the nearest one of the other."""
+    if got.shape != expected.shape or not got.isfinite().all():
+        return float("inf")
+    distances = torch.cdist(expected, got, p=float("inf"))
+    return float(torch.maximum(distances.amin(dim=1), distances.amin(dim=2)).max())
 
 
 def _smallest(unit: int) -> Size:
