@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,35 +92,34 @@ def trace(graph: Graph, size: Size, in_channels: int) -> "torch.export.ExportedP
         ) from error
 
 
-def refuse_partial_graph(program: "torch.export.ExportedProgram", *, unit: int, in_channels: int, masks: bool) -> None:
-    """Refuse a graph that serves only some sizes of images with more than one cell at the coarsest level.
+def sizes_against_guards(
+    program: "torch.export.ExportedProgram", *, unit: int, in_channels: int, masks: bool
+) -> list[tuple[int, int, int]]:
+    """Return numbers and sizes of images (B, H, W) that break what torch.export took for granted of the example's.
 
-    torch.export records what it took for granted of the example's sizes; an ONNX file does not know of it.
+    A .pt2 file refuses them; an ONNX file does not know of it, so that it must be tried. Images with one cell at the
+    coarsest level are left out.
 
     Args:
         program: the traced graph.
         unit: pixels per cell of the coarsest level.
         in_channels: C of the images.
         masks: whether it takes masks.
-
-    Raises:
-        ExportError: naming a size that it does not serve, and what it takes for granted.
     """
     guards = dict(program.module().named_children()).get("_guards_fn")
     if guards is None:
-        return
+        return []
     sides = [unit + 1, 2 * unit - 1, 2 * unit, 3 * unit + 1, 8 * unit, 43 * unit - 1]
-    for batch, height, width in itertools.product((1, 2, 5), sides, sides):
+    against = []
+    for batch, height, width in sorted(itertools.product((1, 2, 5), sides, sides), key=math.prod):
         inputs = [torch.empty(batch, in_channels, height, width, device="meta")]
         if masks:
             inputs.append(torch.empty(batch, height, width, dtype=torch.bool, device="meta"))
         try:
             guards(*inputs)
-        except AssertionError as error:
-            raise ExportError(
-                f"model cannot be traced for every size | where: key=torch.export | got {first_line(error)} for "
-                f"{batch} x {height} x {width} | fix: this network's own code serves some sizes only; use it in PyTorch"
-            ) from error
+        except AssertionError:
+            against.append((batch, height, width))
+    return against
 
 
 def least_size(program: "torch.export.ExportedProgram") -> Size:

@@ -1,6 +1,6 @@
 """An exported file against the model that it was made from, on batches that differ in all that a graph may freeze."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ def smallest_scale(model: nn.Module, *, unit: int, in_channels: int) -> int:
     raise AssertionError  # the loop returns or raises
 
 
-def check_batches(*, unit: int, in_channels: int) -> Iterator[tuple[str, NestedTensor]]:
+def check_batches(
+    *, unit: int, in_channels: int, others: Sequence[tuple[int, int, int]] = ()
+) -> Iterator[tuple[str, NestedTensor]]:
     """Yield batches with what each of them is.
 
     Between them: one image and several, odd sides and sides that strides divide, wide and tall, with and without
@@ -41,6 +43,7 @@ def check_batches(*, unit: int, in_channels: int) -> Iterator[tuple[str, NestedT
     Args:
         unit: pixels per cell of the coarsest level, times the scale.
         in_channels: C of the images.
+        others: numbers and sizes of images (B, H, W) to try too.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -63,9 +66,19 @@ def check_batches(*, unit: int, in_channels: int) -> Iterator[tuple[str, NestedT
         "one image in a larger batch",
         NestedTensor(within.tensors[:1].clone(), within.mask[:1].clone(), sizes=within.sizes[:1]),
     )
+    for count, height, width in others:
+        name = f"{count} of {height} x {width}, which torch.export took for impossible"
+        yield name, nested_tensor_from_tensor_list([image(height, width) for _ in range(count)])
 
 
-def largest_differences(reference: nn.Module, exported: nn.Module, *, unit: int, in_channels: int) -> dict[str, float]:
+def largest_differences(
+    reference: nn.Module,
+    exported: nn.Module,
+    *,
+    unit: int,
+    in_channels: int,
+    others: Sequence[tuple[int, int, int]] = (),
+) -> dict[str, float]:
     """Return for each batch of `check_batches` the largest difference of `exported` from `reference` in any output.
 
     A difference is that of two values divided by the larger of 1 and the output's largest value. NaN counts as infinite
@@ -73,14 +86,16 @@ def largest_differences(reference: nn.Module, exported: nn.Module, *, unit: int,
     in no particular order.
     """
     differences = {}
-    for name, batch in check_batches(unit=unit, in_channels=in_channels):
+    for name, batch in check_batches(unit=unit, in_channels=in_channels, others=others):
         with torch.inference_mode():
             expected, got = reference(batch), exported(batch)
         if isinstance(got, Mapping) and got.keys() >= DETECTIONS:
             differences[name] = _difference_of_sets(*(_as_vectors(outputs, expected) for outputs in (expected, got)))
         else:
-            tensors, others = tensors_of(expected), tensors_of(got)
-            differences[name] = max(_difference(tensor, others.get(key)) for key, tensor in tensors.items())
+            levels = tensors_of(got)
+            differences[name] = max(
+                _difference(tensor, levels.get(key)) for key, tensor in tensors_of(expected).items()
+            )
     return differences
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from detr_backbone.errors import ExportError
 from detr_backbone.export.engines import ENGINES, require
-from detr_backbone.export.graph import Graph, first_line, inference_copy, least_size, refuse_partial_graph, trace
+from detr_backbone.export.graph import Graph, first_line, inference_copy, least_size, sizes_against_guards, trace
 from detr_backbone.export.loading import load_exported
 from detr_backbone.export.metadata import KEY, ExportMetadata, hash_of_weights, position_encoding_to_dict
 from detr_backbone.export.self_check import largest_differences, smallest_scale
@@ -25,6 +25,7 @@ from detr_backbone.networks.input_channels import first_convolution
 OPSET = 20
 """Of ONNX files: ONNX Runtime 1.17 and OpenVINO 2024.0 read it."""
 TOLERANCE = 1e-4
+_MOST_TRIED = 4  # sizes beside those of every check
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,13 @@ def export(
     stride = max(getattr(model, "strides", graph.backbone.strides))
     unit = stride * smallest_scale(reference, unit=stride, in_channels=in_channels)
     program = trace(graph, (3 * unit + 1, 4 * unit + 3), in_channels)
-    refuse_partial_graph(program, unit=unit, in_channels=in_channels, masks=masks)
+    against = sizes_against_guards(program, unit=unit, in_channels=in_channels, masks=masks)
+    if against and path.suffix == ".pt2":
+        batch, height, width = against[0]
+        raise ExportError(
+            f"graph serves some sizes only | where: file={path} key=torch.export | got a refusal of {batch} x {height} x "
+            f"{width} | fix: export to .onnx, where such sizes are tried, or use the model in PyTorch"
+        )
     metadata = ExportMetadata(
         kind=graph.kind,
         outputs=graph.outputs,
@@ -126,7 +133,14 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         _write(program, written, metadata)
-        differences, failed = _check(written, reference, unit, in_channels, tolerance)
+        differences, failed = _check(
+            written,
+            reference,
+            unit=unit,
+            in_channels=in_channels,
+            tolerance=tolerance,
+            others=against[:_MOST_TRIED],
+        )
         if not differences:
             reasons = "; ".join(f"{engine}: {reason}" for engine, reason in failed.items())
             raise ExportError(
@@ -191,7 +205,13 @@ def _write_onnx(program: "torch.export.ExportedProgram", path: Path, metadata: E
 
 
 def _check(
-    path: Path, reference: nn.Module, unit: int, in_channels: int, tolerance: float
+    path: Path,
+    reference: nn.Module,
+    *,
+    unit: int,
+    in_channels: int,
+    tolerance: float,
+    others: Sequence[tuple[int, int, int]],
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the differences of the engines that agree with the model, and why each other one does not."""
     agreed: dict[str, float] = {}
@@ -201,7 +221,7 @@ def _check(
             continue
         try:
             exported = load_exported(path, engine=engine)
-            differences = largest_differences(reference, exported, unit=unit, in_channels=in_channels)
+            differences = largest_differences(reference, exported, unit=unit, in_channels=in_channels, others=others)
         except Exception as error:  # of many kinds
             failed[engine] = first_line(error)
             continue
