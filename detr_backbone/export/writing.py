@@ -108,8 +108,8 @@ def export(
     if against and path.suffix == ".pt2":
         batch, height, width = against[0]
         raise ExportError(
-            f"graph serves some sizes only | where: file={path} key=torch.export | got a refusal of {batch} x {height} x "
-            f"{width} | fix: export to .onnx, where such sizes are tried, or use the model in PyTorch"
+            f"graph serves some sizes only | where: file={path} key=torch.export | got a refusal of {batch} x {height} "
+            f"x {width} | fix: export to .onnx, where such sizes are tried, or use the model in PyTorch"
         )
     metadata = ExportMetadata(
         kind=graph.kind,
