@@ -34,18 +34,26 @@ def backbone(
 
 
 def detector(
-    name: Literal["detr", "deformable_detr"], *, two_stage: bool = False, padding: Literal["exact", "zeros"] = "exact"
+    name: Literal["detr", "deformable_detr"],
+    *,
+    network: str = "resnet50",
+    layers: int = 6,
+    two_stage: bool = False,
+    padding: Literal["exact", "zeros"] = "exact",
 ) -> Callable[[], nn.Module]:
     """Return what builds a detector with random weights, as published: two-stage with box refinement."""
     deformable = name == "deformable_detr"
     config = DetectorConfig(
         name=name,
         num_classes=91,
+        enc_layers=layers,
+        dec_layers=layers,
         num_queries=300 if deformable else 100,
         with_box_refine=two_stage,
         two_stage=two_stage,
         num_feature_levels=4 if deformable else None,
         backbone=BackboneConfig(
+            name=network,
             padding=padding,
             return_layers=STAGES[1:] if deformable else STAGES[3:],
             position_encoding=PositionEncodingConfig(offset=-0.5 if deformable else 0.0),
@@ -71,7 +79,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "DETR, ResNet-50, zeros as padding, masks": (detector("detr", padding="zeros"), True),
     "Deformable DETR, ResNet-50": (detector("deformable_detr"), False),
     "Deformable DETR, ResNet-50, masks": (detector("deformable_detr"), True),
-    "Deformable DETR, ResNet-50, two-stage": (detector("deformable_detr", two_stage=True), False),
+    "Deformable DETR, ResNet-18, two-stage, 2 + 2 layers": (
+        detector("deformable_detr", network="resnet18", layers=2, two_stage=True),
+        False,
+    ),
 }
 """Row -> what builds the model, and whether its graph takes masks."""
 
