@@ -282,6 +282,24 @@ def test_a_changed_network_stays_exact() -> None:
     torch.testing.assert_close(together.tensors[0, :, :9, :13], alone.tensors[0])
 
 
+class Deformed(nn.Module):
+    """What takes the images, and is no nn.Conv2d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1)
+
+
+def test_images_are_not_compared_with_a_convolution_that_does_not_take_them() -> None:
+    backbone, images = tiny(), torch.randn(1, 5, 8, 8)
+    backbone.body["0"] = Deformed()
+
+    torch.testing.assert_close(backbone(images)["0"].tensors, features(backbone, images, folds=False))
+
+
 @pytest.mark.parametrize(("size", "scales_weights"), [((8, 8), True), ((8, 6), False)])
 def test_the_fewer_of_weights_and_outputs_are_scaled(
     size: tuple[int, int], scales_weights: bool, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """Feature levels of a network with their masks: what every backbone of a detector is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NoReturn, Self, TypeVar
 
 import torch
@@ -124,14 +125,15 @@ class BackboneBase(nn.Module):
             sizes: valid (h, w) of each image, for a batch [B, C, H, W] that is padded.
         """
         batch = as_nested_tensor(images, sizes)
-        refuse_other_input(batch.tensors, first_convolution(self.body)[1])
+        self._refuse_other_input(batch)
+        norms = self._norms_to_fold()
         if self.padding == "zeros" or not batch.is_padded:
-            return self.forward_whole_batch(batch)
+            return self._run(batch, norms)
         from detr_backbone.padding.by_size import is_faster_by_size  # it loads torch's compiler
 
-        if self.batching == "by_size" or not self._is_intact() or is_faster_by_size(batch, self.body):
-            return self.forward_by_size(batch)
-        return self.forward_whole_batch(batch)
+        if self.batching == "by_size" or norms is None or is_faster_by_size(batch, self.body):
+            return self._run_by_size(batch, norms)
+        return self._run(batch, norms)
 
     def forward_by_size(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
         """Return what `forward` does, from a pass for each size of image: exact for every network.
@@ -139,14 +141,7 @@ class BackboneBase(nn.Module):
         Raises:
             ConfigError: the network is sharded layer by layer, so that all processes must make the same passes.
         """
-        from detr_backbone.padding.by_size import is_sharded, run_by_size
-
-        if is_sharded(self.body):
-            raise ConfigError(
-                "a network that runs images by size must not be sharded layer by layer, since processes would make "
-                'different passes; shard the detector around it, or give `padding="zeros"`'
-            )
-        return run_by_size(self.forward_whole_batch, as_nested_tensor(images, sizes), self.strides, self.size_divisor)
+        return self._run_by_size(as_nested_tensor(images, sizes), self._norms_to_fold())
 
     def forward_whole_batch(
         self, images: Images, sizes: Sequence[Size] | None = None, *, folds: bool = True
@@ -158,19 +153,7 @@ class BackboneBase(nn.Module):
             sizes: see `forward`.
             folds: let convolutions do the work of the frozen BatchNorms behind them.
         """
-        given = as_nested_tensor(images, sizes)
-        batch = self.pad(given)
-        with self._passes.set(self._pass_over(batch, folds=folds)):
-            memory_format = torch.channels_last if self._channels_last else torch.preserve_format
-            outputs = self.body(batch.tensors.to(memory_format=memory_format))
-        levels = {}
-        for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
-            cells = as_map(output, layout, size_of(batch.tensors))
-            if self.size_divisor > 1:
-                ((h, w),) = valid_sizes([size_of(given.tensors)], layout.stride)
-                cells = cells[:, :, :h, :w]
-            levels[name] = feature_level(cells, given, stride=layout.stride, padding=self.padding)
-        return levels if self.pyramid is None else self.pyramid(levels, given)
+        return self._run(as_nested_tensor(images, sizes), self._norms_to_fold() if folds else None)
 
     def pad(self, images: Images) -> NestedTensor:
         """Return the batch that runs through the network: with sides that `size_divisor` divides."""
@@ -217,13 +200,11 @@ class BackboneBase(nn.Module):
         return ordered
 
     def _measure(self, backbone: nn.Module, dry_run: DryRun, paths: Sequence[str]) -> Geometry:
-        geometry = measure(backbone, dry_run, paths)
         # The getter gives its outputs in the order in which they are computed.
-        order = sorted(range(len(paths)), key=lambda index: dry_run.reached(paths[index]).end)
-        self._layouts = tuple(geometry.layouts[index] for index in order)
-        self.strides = tuple(layout.stride for layout in self._layouts)
-        self.channels = tuple(layout.channels for layout in self._layouts)
+        geometry = measure(backbone, dry_run, sorted(paths, key=lambda path: dry_run.reached(path).end))
+        self._layouts, self.strides, self.channels = geometry.layouts, geometry.strides, geometry.channels
         self.num_channels = self.channels[-1]
+        self._first_convolution, _ = first_convolution(self.body)
         self.input_strides = geometry.input_strides
         self.size_divisor = geometry.divisor
         return geometry
@@ -244,12 +225,41 @@ class BackboneBase(nn.Module):
             self.strides, self.channels = self.pyramid.strides, self.pyramid.channels
             self.num_channels = self.channels[-1]
 
-    def _pass_over(self, batch: NestedTensor, *, folds: bool) -> Pass:
-        """Return what the layers need to know; a network that was changed since runs as it is, without folding."""
-        norms = {}
-        if folds and self._is_intact():
-            norms = {path: self.body.get_submodule(path) for path in self._folded}
-        return Pass(padded=batch if self._zeroes_padding and batch.is_padded else None, norms=norms)
+    def _run(self, images: NestedTensor, norms: Mapping[str, nn.Module] | None) -> dict[str, NestedTensor]:
+        """Return the levels from one pass, in which convolutions fold these norms."""
+        batch = self.pad(images)
+        padded = batch if self._zeroes_padding and batch.is_padded else None
+        memory_format = torch.channels_last if self._channels_last else torch.preserve_format
+        with self._passes.set(Pass(padded=padded, norms=norms or {})):
+            outputs = self.body(batch.tensors.to(memory_format=memory_format))
+        levels = {}
+        for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
+            cells = as_map(output, layout, size_of(batch.tensors))
+            if self.size_divisor > 1:
+                ((h, w),) = valid_sizes([size_of(images.tensors)], layout.stride)
+                cells = cells[:, :, :h, :w]
+            levels[name] = feature_level(cells, images, stride=layout.stride, padding=self.padding)
+        return levels if self.pyramid is None else self.pyramid(levels, images)
+
+    def _run_by_size(self, images: NestedTensor, norms: Mapping[str, nn.Module] | None) -> dict[str, NestedTensor]:
+        from detr_backbone.padding.by_size import is_sharded, run_by_size
+
+        if is_sharded(self.body):
+            raise ConfigError(
+                "a network that runs images by size must not be sharded layer by layer, since processes would make "
+                'different passes; shard the detector around it, or give `padding="zeros"`'
+            )
+        return run_by_size(partial(self._run, norms=norms), images, self.strides, self.size_divisor)
+
+    def _refuse_other_input(self, images: NestedTensor) -> None:
+        """Compare images with the first convolution, if what took the images when this was built still does."""
+        path, first = first_convolution(self.body)
+        if path == self._first_convolution:
+            refuse_other_input(images.tensors, first)
+
+    def _norms_to_fold(self) -> dict[str, nn.Module] | None:
+        """Return the norms whose work the convolutions before them do, by path; None if the network was changed."""
+        return {path: self.body.get_submodule(path) for path in self._folded} if self._is_intact() else None
 
     def _is_intact(self) -> bool:
         """Return whether the network stands as it was built, so that what was tried and folded then holds now."""

@@ -7,7 +7,13 @@ from torch import nn
 
 from detr_backbone.networks.geometry import Geometry
 from detr_backbone.padding.exact import Padding, leaky_layer, refuse_batch_statistics
-from detr_backbone.padding.trial import find_leak, is_plain_resnet, refuse_hidden_batch_statistics
+from detr_backbone.padding.trial import (
+    State,
+    draw_sensitive_weights,
+    find_leak,
+    is_plain_resnet,
+    refuse_hidden_batch_statistics,
+)
 
 Batching: TypeAlias = Literal["masked", "by_size", "padded"]
 
@@ -50,24 +56,27 @@ def choose_plan(backbone: nn.Module, network: nn.Module, body: nn.Module, geomet
         return Plan(batching="padded", size_divisor=geometry.divisor, zeroes_padding=False)
     refuse_batch_statistics(body)
     plan = Plan(batching="masked", size_divisor=geometry.divisor)
-    if leak := leaky_layer(body, geometry, all_run=getattr(body, "strategy", "") != "hooks"):
+    leak = leaky_layer(body, geometry, all_run=getattr(body, "strategy", "") != "hooks")
+    if leak is not None:
         plan = replace(plan, batching="by_size", leak=leak)
     elif is_plain_resnet(network):
         return plan
-    else:
-        plan = _try_masked(backbone, body, geometry, plan)
-    refuse_hidden_batch_statistics(backbone, body, plan.size_divisor)
+    state = draw_sensitive_weights(backbone)
+    if leak is None:
+        plan = _try_masked(backbone, body, state, geometry, plan)
+    if state is not None:
+        refuse_hidden_batch_statistics(backbone, body, state, plan.size_divisor)
     return plan
 
 
-def _try_masked(backbone: nn.Module, body: nn.Module, geometry: Geometry, plan: Plan) -> Plan:
+def _try_masked(backbone: nn.Module, body: nn.Module, state: State | None, geometry: Geometry, plan: Plan) -> Plan:
     if plan.size_divisor > _LARGEST_DIVISOR_TRIED:
         why = f"it divides an image into parts of {plan.size_divisor} pixels, for which there is no self-test"
         return replace(plan, batching="by_size", leak=why)
-    leak = find_leak(backbone, body, plan.size_divisor)
-    if leak is None:
+    leak = None if state is None else find_leak(backbone, body, state, plan.size_divisor)
+    if state is None or leak is None:  # on the meta device nothing can be computed
         return plan
     # Windows that follow the size of the image find it always even.
-    if plan.size_divisor == 1 and find_leak(backbone, body, geometry.coarsest) is None:
+    if plan.size_divisor == 1 and find_leak(backbone, body, state, geometry.coarsest) is None:
         return replace(plan, size_divisor=geometry.coarsest)
     return replace(plan, batching="by_size", leak=leak.reason, zeroes_padding=not leak.fails)

@@ -46,17 +46,29 @@ def is_plain_resnet(network: nn.Module) -> bool:
     return type(network) is ResNet and all(type(module) in known for module in network.modules())
 
 
-def find_leak(backbone: nn.Module, body: nn.Module, divisor: int) -> Leak | None:
+def draw_sensitive_weights(backbone: nn.Module) -> State | None:
+    """Return a state on the CPU, in float64, of which every number shows in the outputs; None on the meta device.
+
+    A fresh network has zeros and ones in vectors, and matrices small enough to hide what passes through a few of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state: State = {}
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        if tensor.is_meta:
+            return None
+        state[name] = _draw_like(tensor, generator) if tensor.is_floating_point() else tensor.detach().cpu().clone()
+    return state
+
+
+def find_leak(backbone: nn.Module, body: nn.Module, state: State, divisor: int) -> Leak | None:
     """Return the layer where padding shows, or what the network fails at; None if every image is exact.
 
     Args:
         backbone: maps a NestedTensor to its levels; it stays as it is.
         body: the network inside of it.
+        state: as `draw_sensitive_weights` gives it.
         divisor: sides of a batch are padded to multiples of it.
     """
-    state = _draw_sensitive_weights(backbone)
-    if state is None:
-        return None
     with _evaluation_in_float64(backbone):
         for sizes in _sizes(divisor):
             images = _draw_images(body, sizes)
@@ -73,20 +85,18 @@ def find_leak(backbone: nn.Module, body: nn.Module, divisor: int) -> Leak | None
     return None
 
 
-def refuse_hidden_batch_statistics(backbone: nn.Module, body: nn.Module, divisor: int) -> None:
+def refuse_hidden_batch_statistics(backbone: nn.Module, body: nn.Module, state: State, divisor: int) -> None:
     """Refuse a network whose norms take statistics from the batch, though their classes do not say so.
 
     Args:
         backbone: see `find_leak`.
         body: the network inside of it.
+        state: see `find_leak`; a network that is refused has changed it.
         divisor: see `find_leak`.
 
     Raises:
         ConfigError: a forward in training changes a buffer, or images of one size depend on each other.
     """
-    state = _draw_sensitive_weights(backbone)
-    if state is None:
-        return
     (size, *_), *_ = _sizes(divisor)
     images = _draw_images(body, (size, size))
     with _evaluation_in_float64(backbone), torch.random.fork_rng([]):
@@ -178,20 +188,6 @@ def _cells_of(output: Tensor, size: Size, padded: Size) -> Tensor:
 def _evaluation_in_float64(backbone: nn.Module) -> Iterator[None]:
     with evaluating(backbone), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
-
-
-def _draw_sensitive_weights(backbone: nn.Module) -> State | None:
-    """Return a state on the CPU, in float64, of which every number shows in the outputs; None on the meta device.
-
-    A fresh network has zeros and ones in vectors, and matrices small enough to hide what passes through a few of them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    state: State = {}
-    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
-        if tensor.is_meta:
-            return None
-        state[name] = _draw_like(tensor, generator) if tensor.is_floating_point() else tensor.detach().cpu().clone()
-    return state
 
 
 def _draw_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
