@@ -6,9 +6,9 @@ come from. benchmarks/calibrate_intervals.py counts how often intervals cover.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from detr_backbone.errors import EvaluationError
 from detr_backbone.evaluation.average_precision import ResampledStats, Weights, average_precision
 from detr_backbone.evaluation.half_sampling import HalfSamplingEstimates, half_sampling
 from detr_backbone.evaluation.matching import Matches
+
+Number = TypeVar("Number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervals:
-    """An interval for each of COCO's numbers.
+class _ByName(Generic[Number]):
+    """One entry for each of COCO's numbers.
 
     Attributes:
         stats: by the names of `EvaluationSettings.stats`.
@@ -55,21 +57,28 @@ class Intervals:
         resamples: how many halves were drawn.
     """
 
-    stats: Mapping[str, Interval]
-    per_class: Mapping[str, Interval]
+    stats: Mapping[str, Number]
+    per_class: Mapping[str, Number]
     level: float
     resamples: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return low and high by name, between 0 and 1, for a JSON file; numbers without an interval are left out."""
+    def _to_dict(self, plain: Callable[[Number], Any]) -> dict[str, Any]:
+        """Return entries as plain values by name; those for which there is none are left out."""
+        kinds = (("stats", self.stats), ("per_class", self.per_class))
+        entries = {kind: {name: plain(one) for name, one in numbers.items()} for kind, numbers in kinds}
         return {
             "level": self.level,
             "resamples": self.resamples,
-            **{
-                kind: {name: [one.low, one.high] for name, one in intervals.items() if not math.isnan(one.low)}
-                for kind, intervals in (("stats", self.stats), ("per_class", self.per_class))
-            },
+            **{kind: {k: v for k, v in values.items() if v is not None} for kind, values in entries.items()},
         }
+
+
+class Intervals(_ByName[Interval]):
+    """An interval for each of COCO's numbers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return low and high by name, between 0 and 1, for a JSON file; numbers without an interval are left out."""
+        return self._to_dict(lambda one: None if math.isnan(one.low) else [one.low, one.high])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,32 +114,12 @@ class Difference:
         return f"{verdict}: B - A is {numbers} (p = {self.p:.2g})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Each of COCO's numbers of detector A and detector B.
-
-    Attributes:
-        stats: by the names of `EvaluationSettings.stats`.
-        per_class: AP by category name.
-        level: the fraction of samples in which an interval covers.
-        resamples: how many halves were drawn.
-    """
-
-    stats: Mapping[str, Difference]
-    per_class: Mapping[str, Difference]
-    level: float
-    resamples: int
+class Comparison(_ByName[Difference]):
+    """Each of COCO's numbers of detector A and detector B."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return differences by name, between -1 and 1, for a JSON file; those without an interval are left out."""
-        return {
-            "level": self.level,
-            "resamples": self.resamples,
-            **{
-                kind: {name: asdict(one) for name, one in differences.items() if not math.isnan(one.p)}
-                for kind, differences in (("stats", self.stats), ("per_class", self.per_class))
-            },
-        }
+        return self._to_dict(lambda one: None if math.isnan(one.p) else asdict(one))
 
     def __str__(self) -> str:
         width = max(map(len, [*self.stats, *self.per_class]))
