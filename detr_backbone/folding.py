@@ -9,13 +9,13 @@ Source: arXiv 2305.11624, section 3, for folding while training.
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from detr_backbone.forward_pass import Pass, PerThread
-from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
+from detr_backbone.forward_pass import FoldedNorm, Pass, PerThread
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, scale_and_shift
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -36,11 +36,12 @@ class FoldedConv2d(nn.Conv2d):
         norm_path, passes = self.folding
         running = passes.get()
         norm = None if running is None else running.norms.get(norm_path)
-        if not isinstance(norm, FrozenBatchNorm2d):
+        if norm is None:
             return super().forward(input)
         if not torch.compiler.is_compiling() and self._has_more_weights_than_outputs(input):
-            return norm.normalise(super().forward(input))
-        weight, bias = fold(self, norm)
+            assert isinstance(norm.module, FrozenBatchNorm2d)
+            return norm.module.normalise(super().forward(input))
+        weight, bias = fold(self, norm.scale, norm.shift)
         dtype = _compute_dtype(input, self.weight)
         return self._conv_forward(input, weight.to(dtype), bias.to(dtype))
 
@@ -79,9 +80,34 @@ def prepare_folding(network: nn.Module, readers: Mapping[str, str], passes: PerT
     return folded
 
 
-def fold(convolution: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the one convolution that does the work of both, in the weight's dtype or float32."""
-    scale, shift = norm.scale_and_shift()
+def scale_and_shift_together(norms: Mapping[str, FrozenBatchNorm2d]) -> dict[str, FoldedNorm]:
+    """Return scale and shift of many norms, by path: computed in one tensor, as launching a kernel for each takes long.
+
+    Under autocast the shifts have its dtype, as a convolution's bias then must.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for path, norm in norms.items():
+        alike.setdefault((norm.weight.device, norm.weight.dtype, norm.eps), []).append(path)
+    folded: dict[str, FoldedNorm] = {}
+    for (device, _, eps), paths in alike.items():
+        modules = [norms[path] for path in paths]
+        scale, shift = scale_and_shift(
+            torch.cat([norm.weight for norm in modules]),
+            torch.cat([norm.bias for norm in modules]),
+            torch.cat([norm.running_mean for norm in modules]),
+            torch.cat([norm.running_var for norm in modules]),
+            eps,
+        )
+        if _autocasts(device):
+            shift = shift.to(torch.get_autocast_dtype(device.type))
+        lengths = [norm.weight.shape[0] for norm in modules]
+        scales, shifts = torch.split(scale, lengths), torch.split(shift, lengths)
+        folded.update(zip(paths, map(FoldedNorm, modules, scales, shifts), strict=True))
+    return folded
+
+
+def fold(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the one convolution that also scales and shifts, in the weight's dtype or float32."""
     bias = shift if convolution.bias is None else shift + convolution.bias * scale
     return convolution.weight * scale[:, None, None, None], bias
 
@@ -99,7 +125,7 @@ def fold_pairs(network: nn.Module, folded: Mapping[str, str], *, dtype: torch.dt
         convolution, norm = network.get_submodule(path), network.get_submodule(norm_path)
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, FrozenBatchNorm2d)
-        weight, bias = fold(convolution, norm)
+        weight, bias = fold(convolution, *norm.scale_and_shift())
         target = dtype or convolution.weight.dtype
         plain = _retyped(convolution, nn.Conv2d)
         del plain.folding
@@ -127,6 +153,8 @@ def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that a convolution computes in."""
-    device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)  # there is none on the meta device
-    return torch.get_autocast_dtype(device) if autocast else weight.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x.device) else weight.dtype
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

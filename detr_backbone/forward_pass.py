@@ -6,10 +6,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detr_backbone.nested_tensor import NestedTensor
 
@@ -58,11 +58,19 @@ class Pass:
 
     Attributes:
         padded: the batch whose padded cells are zeroed before every window; None if nothing is padded.
-        norms: the FrozenBatchNorm2d by path whose work the convolutions before them do.
+        norms: by path the FrozenBatchNorm2d whose work the convolutions before them do.
     """
 
     padded: NestedTensor | None
-    norms: Mapping[str, nn.Module]
+    norms: Mapping[str, "FoldedNorm"]
+
+
+class FoldedNorm(NamedTuple):
+    """A FrozenBatchNorm2d, and what it multiplies each channel by and adds then: two tensors [C]."""
+
+    module: nn.Module
+    scale: Tensor
+    shift: Tensor
 
 
 class PerThread(Generic[State]):

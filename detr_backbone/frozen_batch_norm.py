@@ -56,9 +56,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return what a channel is multiplied by, and what is added then: two tensors [C], in float32 at least."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        return scale_and_shift(self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
     def activate(self, x: Tensor) -> Tensor:
         """Return what a subclass makes of the normalised values: the values themselves here."""
@@ -69,7 +67,8 @@ class FrozenBatchNorm2d(nn.Module):
             return False
         path, passes = self.folding
         running = passes.get()
-        return running is not None and running.norms.get(path) is self
+        folded = None if running is None else running.norms.get(path)
+        return folded is not None and folded.module is self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
@@ -77,3 +76,13 @@ class FrozenBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def scale_and_shift(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return what BatchNorm multiplies each channel by, and what it adds then: two tensors [C], in float32 at least.
+
+    Source: arXiv 1502.03167, algorithm 2, step 11.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = weight.to(dtype) * (variance.to(dtype) + eps).rsqrt()
+    return scale, bias - mean * scale

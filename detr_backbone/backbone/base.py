@@ -9,8 +9,9 @@ from torch import nn
 
 from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
-from detr_backbone.folding import fold_pairs, prepare_folding
+from detr_backbone.folding import fold_pairs, prepare_folding, scale_and_shift_together
 from detr_backbone.forward_pass import Pass, PerThread
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.nested_tensor import (
     Images,
@@ -109,7 +110,7 @@ class BackboneBase(nn.Module):
         self._make_exact(backbone, geometry)
         # Checkpointing changes no result, so it needs no test; it wraps the layers as they are at last.
         checkpoint_layers(self.body, checkpointed_layers, self._passes)
-        self._structure = structure_of(self.body, self._passes)
+        self._structure, _ = structure_of(self.body, self._passes)
         # The pyramid takes the levels of the body as they are by now, and gives the backbone others.
         self._make_pyramid(pyramid)
 
@@ -161,12 +162,12 @@ class BackboneBase(nn.Module):
 
     def fold_for_inference(self, dtype: torch.dtype | None = None) -> None:
         """Fold every frozen BatchNorm into its convolution for good; see the function of this name."""
-        if not self._is_intact():
+        if self._norms_to_fold() is None:
             raise ConfigError("`fold_for_inference` must find the network as it was built, got one with other layers")
         fold_pairs(self.body, self._folded, dtype=dtype)
         self.requires_grad_(requires_grad=False).eval()
         self._folded = {}
-        self._structure = structure_of(self.body, self._passes)
+        self._structure, _ = structure_of(self.body, self._passes)
         self._is_folded_for_inference = True
 
     def train(self, mode: bool = True) -> Self:
@@ -225,12 +226,12 @@ class BackboneBase(nn.Module):
             self.strides, self.channels = self.pyramid.strides, self.pyramid.channels
             self.num_channels = self.channels[-1]
 
-    def _run(self, images: NestedTensor, norms: Mapping[str, nn.Module] | None) -> dict[str, NestedTensor]:
+    def _run(self, images: NestedTensor, norms: Mapping[str, FrozenBatchNorm2d] | None) -> dict[str, NestedTensor]:
         """Return the levels from one pass, in which convolutions fold these norms."""
         batch = self.pad(images)
         padded = batch if self._zeroes_padding and batch.is_padded else None
         memory_format = torch.channels_last if self._channels_last else torch.preserve_format
-        with self._passes.set(Pass(padded=padded, norms=norms or {})):
+        with self._passes.set(Pass(padded=padded, norms=scale_and_shift_together(norms or {}))):
             outputs = self.body(batch.tensors.to(memory_format=memory_format))
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
@@ -241,7 +242,9 @@ class BackboneBase(nn.Module):
             levels[name] = feature_level(cells, images, stride=layout.stride, padding=self.padding)
         return levels if self.pyramid is None else self.pyramid(levels, images)
 
-    def _run_by_size(self, images: NestedTensor, norms: Mapping[str, nn.Module] | None) -> dict[str, NestedTensor]:
+    def _run_by_size(
+        self, images: NestedTensor, norms: Mapping[str, FrozenBatchNorm2d] | None
+    ) -> dict[str, NestedTensor]:
         from detr_backbone.padding.by_size import is_sharded, run_by_size
 
         if is_sharded(self.body):
@@ -257,15 +260,14 @@ class BackboneBase(nn.Module):
         if path == self._first_convolution:
             refuse_other_input(images.tensors, first)
 
-    def _norms_to_fold(self) -> dict[str, nn.Module] | None:
-        """Return the norms whose work the convolutions before them do, by path; None if the network was changed."""
-        return {path: self.body.get_submodule(path) for path in self._folded} if self._is_intact() else None
+    def _norms_to_fold(self) -> dict[str, FrozenBatchNorm2d] | None:
+        """Return the norms whose work the convolutions before them do, by path; None if the network was changed.
 
-    def _is_intact(self) -> bool:
-        """Return whether the network stands as it was built, so that what was tried and folded then holds now."""
-        if torch.compiler.is_compiling() or self._structure is None:
-            return True
-        return structure_of(self.body, self._passes) == self._structure
+        What was tried and folded when the network was built holds as long as it stands as it was built.
+        """
+        structure, norms = structure_of(self.body, self._passes)
+        is_building = self._structure is None
+        return norms if is_building or structure == self._structure or torch.compiler.is_compiling() else None
 
 
 def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:

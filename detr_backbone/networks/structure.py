@@ -6,26 +6,33 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from detr_backbone.forward_pass import Pass, PerThread
+from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 
 Structure: TypeAlias = tuple[tuple[Any, ...], ...]
 
 
-def structure_of(network: nn.Module, passes: PerThread[Pass]) -> Structure:
-    """Return what a backbone relies on when it folds pairs and zeroes padding, to be compared with itself later.
+def structure_of(network: nn.Module, passes: PerThread[Pass]) -> tuple[Structure, dict[str, FrozenBatchNorm2d]]:
+    """Return what a backbone relies on when it folds pairs and zeroes padding, and the norms of those pairs by path.
 
-    It changes when a layer is added, removed, wrapped, or exchanged for one that computes something else or does not
-    take part in the passes; not when weights change, and not when a layer is parametrized, sharded or gets a hook.
+    The first is to be compared with itself later. It changes when a layer is added, removed, wrapped, or exchanged for
+    one that computes something else or does not take part in the passes; not when weights change, and not when a layer
+    is parametrized, sharded or gets a hook.
 
     Args:
         network: the network.
         passes: those of the backbone that runs the network.
     """
-    return tuple(_entries("", network, passes))
+    norms: dict[str, FrozenBatchNorm2d] = {}
+    return tuple(_entries("", network, passes, norms)), norms
 
 
-def _entries(name: str, module: nn.Module, passes: PerThread[Pass]) -> Iterator[tuple[Any, ...]]:
+def _entries(
+    name: str, module: nn.Module, passes: PerThread[Pass], norms: dict[str, FrozenBatchNorm2d]
+) -> Iterator[tuple[Any, ...]]:
     own = vars(module)
     folding, window = own.get("folding"), own.get("window")
+    if folding and isinstance(module, FrozenBatchNorm2d):
+        norms[folding[0]] = module
     yield (
         name,
         type(module).forward,
@@ -36,4 +43,4 @@ def _entries(name: str, module: nn.Module, passes: PerThread[Pass]) -> Iterator[
     )
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _entries(child_name, child, passes)
+            yield from _entries(child_name, child, passes, norms)
