@@ -98,6 +98,30 @@ def test_every_image_of_the_batch_is_compared() -> None:
         BackboneBase(network(OnlyLast()), return_layers=["3"], train_layers=["0"])
 
 
+class EvensOutItsSides(nn.Module):
+    """Pads by itself what its stride does not divide, which zeros in the batch cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.stem, self.conv):
+            x = layer(F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)))
+        return x
+
+
+def test_a_network_that_pads_odd_sides_by_itself_is_exact_at_odd_sides() -> None:
+    backbone = BackboneBase(EvensOutItsSides(), return_layers=["conv"], train_layers=["conv"]).double()
+    images = [torch.randn(3, h, w, dtype=torch.float64) for h, w in ((130, 161), (50, 33))]
+    batch = backbone(images)["0"]
+
+    for index, image in enumerate(images):
+        alone = backbone([image])["0"].tensors[0]
+        h, w = alone.shape[-2:]
+        torch.testing.assert_close(batch.tensors[index, :, :h, :w], alone, rtol=0, atol=1e-12)
+
+
 class AtEvenSides(Block):
     """Leaks only where the sides of the batch are multiples of 64."""
 

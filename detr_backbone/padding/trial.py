@@ -118,9 +118,9 @@ def refuse_hidden_batch_statistics(backbone: nn.Module, body: nn.Module, state: 
 
 
 def _sizes(divisor: int) -> list[tuple[Size, ...]]:
-    """Return pairs of image sizes: odd sides at most strides up to 32, even ones, and sides that need no divisor."""
+    """Return pairs of image sizes: odd sides at most strides up to 32, whole ones, and odd sides of the batch."""
     if divisor <= 32:
-        return [((33, 50), (96, 80)), ((64, 96), (96, 128))]
+        return [((33, 50), (96, 80)), ((64, 96), (96, 128)), ((33, 17), (19, 35))]
     return [((divisor // 2 + 1, divisor), (divisor, 2 * divisor)), ((divisor, divisor), (2 * divisor, divisor))]
 
 
