@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_backbone import BackboneBase
+from detr_backbone import Backbone, BackboneBase
 from detr_backbone.errors import ConfigError
 
 
@@ -60,6 +60,14 @@ def test_code_between_layers_that_lets_padding_in_is_named(block: nn.Module, lay
 
     assert backbone.batching == "by_size"
     assert backbone.leak == f"padding gets into the image, first seen in the output of {layer}"
+
+
+def test_a_resnet_of_torchvision_is_known_to_be_exact_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr("detr_backbone.padding.plan.draw_sensitive_weights", tried.append)
+    backbone = Backbone("resnet18")
+
+    assert (backbone.batching, tried) == ("masked", [])
 
 
 class OfTheBatch(Block):

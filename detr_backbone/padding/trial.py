@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_backbone.errors import ConfigError
+from detr_backbone.folding import FoldedConv2d
 from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.layer_getter.strategies import OpenedModule
@@ -26,7 +27,7 @@ State = dict[str, Tensor]
 _TOLERANCE = 1e-6
 """Of the largest feature: float64 rounds less than 1e-12 of it, and padding that gets through changes some per cent."""
 _LAYERS_OF_RESNET = (
-    *(nn.Sequential, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d),
+    *(nn.Sequential, nn.Conv2d, FoldedConv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d),
     *(nn.AdaptiveAvgPool2d, nn.Linear),  # the head, which no backbone runs
 )
 
