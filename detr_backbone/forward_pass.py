@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from detr_backbone.nested_tensor import NestedTensor
 
 State = TypeVar("State")
-Before: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...]], Any]
-After: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
 
 @contextmanager
@@ -32,7 +30,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    modules: Mapping[str, nn.Module], *, before: Before | None = None, after: After | None = None, first: bool = False
+    modules: Mapping[str, nn.Module],
+    *,
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    first: bool = False,
+    with_kwargs: bool = False,
 ) -> Iterator[None]:
     """Within this context, hooks see every call of some modules.
 
@@ -42,13 +45,15 @@ def hooked(
         after: called with path, module, positional inputs and output; what it returns, if anything, replaces the
             output.
         first: call them before all other hooks of a module, instead of after them.
+        with_kwargs: keyword inputs follow the positional ones, and `before` returns both.
     """
+    options = {"prepend": first, "with_kwargs": with_kwargs}
     with ExitStack() as stack:
         for path, module in modules.items():
             if before is not None:
-                stack.callback(module.register_forward_pre_hook(partial(before, path), prepend=first).remove)
+                stack.callback(module.register_forward_pre_hook(partial(before, path), **options).remove)
             if after is not None:
-                stack.callback(module.register_forward_hook(partial(after, path), prepend=first).remove)
+                stack.callback(module.register_forward_hook(partial(after, path), **options).remove)
         yield
 
 

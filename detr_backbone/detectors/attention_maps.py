@@ -4,15 +4,15 @@ A detector stores neither. Within these contexts its outputs are as always, and 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from detr_backbone.detectors.deformable_attention import MSDeformAttn
+from detr_backbone.forward_pass import hooked
 from detr_backbone.nested_tensor import Size
 
 
@@ -45,19 +45,16 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     weights: dict[str, Tensor] = {}
 
-    def request_weights(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def request_weights(_: str, __: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"need_weights": True, "average_attn_weights": False}
 
     def store(path: str, _: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
         weights[path] = output[1].detach()
 
-    with ExitStack() as hooks:
-        for path, module in model.named_modules():
-            if isinstance(module, nn.MultiheadAttention):
-                hooks.callback(module.register_forward_pre_hook(request_weights, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(partial(store, path)).remove)
+    with (
+        hooked(_modules_of(model, nn.MultiheadAttention), before=request_weights, with_kwargs=True),
+        hooked(_modules_of(model, nn.MultiheadAttention), after=store),
+    ):
         yield weights
 
 
@@ -82,12 +79,12 @@ def record_samples(model: nn.Module) -> Iterator[dict[str, Samples]]:
                 references=references[:, :, 0] / ratios[:, None, 0].repeat(1, 1, references.shape[-1] // 2),
             )
 
-    with ExitStack() as hooks:
-        for path, module in model.named_modules():
-            if isinstance(module, MSDeformAttn):
-                hook: Callable[..., None] = partial(store, path)
-                hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+    with hooked(_modules_of(model, MSDeformAttn), after=store, with_kwargs=True):
         yield samples
+
+
+def _modules_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, kind)}
 
 
 def _valid_ratios(padding_mask: Tensor | None, spatial_shapes: Sequence[Size]) -> Tensor:
