@@ -236,6 +236,9 @@ class BackboneBase(nn.Module):
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
             cells = as_map(output, layout, size_of(batch.tensors))
+            if self._channels_last and layout.axes == "NCHW" and not torch.compiler.is_compiling():
+                # Convolutions over few cells compute in NCHW. torch.func.vmap does not know torch.channels_last.
+                cells = cells.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             if self.size_divisor > 1:
                 ((h, w),) = valid_sizes([size_of(images.tensors)], layout.stride)
                 cells = cells[:, :, :h, :w]

@@ -79,20 +79,21 @@ def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
     if layout.axes == "NLC":
         cells = (image[0] // layout.stride, image[1] // layout.stride)
         output = output[:, layout.prefix :].transpose(1, 2).reshape(output.shape[0], layout.channels, *cells)
-    return _channels_last_gradients(output)
+    return _with_gradients_in_its_format(output)
 
 
-def _channels_last_gradients(maps: Tensor) -> Tensor:
-    """Return channels_last maps whose gradient, should it come as NCHW, is copied once to channels_last on its way in.
+def _with_gradients_in_its_format(maps: Tensor) -> Tensor:
+    """Return maps whose gradient, should it come in another memory format, is copied once to theirs on its way in.
 
     Gradients are added up in the memory format of the first, and every sum of two formats takes ten times as long.
     """
     if torch.compiler.is_compiling() or not maps.requires_grad:
         return maps
-    if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
-        maps = maps.view_as(maps)  # a hook on the output itself would see the sum
-        register: Any = maps.register_hook
-        register(partial(Tensor.contiguous, memory_format=torch.channels_last))
+    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    maps = maps.view_as(maps)  # a hook on the output itself would see the sum
+    register: Any = maps.register_hook
+    register(partial(Tensor.contiguous, memory_format=memory_format))
     return maps
 
 
