@@ -206,7 +206,8 @@ def test_layers_inside_of_stages_make_levels_too() -> None:
     assert list(backbone.state_dict()) == [f"body.{key}" for key in backbone.body.state_dict()]
 
 
-def test_gradients_enter_the_network_in_the_memory_format_of_its_maps() -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_enter_the_network_in_the_memory_format_of_its_maps(memory_format: torch.memory_format) -> None:
     backbone = Backbone("resnet18", return_interm_layers=True)
     formats = []
 
@@ -219,5 +220,7 @@ def test_gradients_enter_the_network_in_the_memory_format_of_its_maps() -> None:
 
     backbone.body.register_forward_hook(watch)
     levels = [level.tensors for level in backbone(torch.rand(1, 3, 64, 96)).values()]
-    torch.autograd.backward(levels[1:], [torch.ones(level.shape) for level in levels[1:]])
+    torch.autograd.backward(
+        levels[1:], [torch.ones(level.shape).to(memory_format=memory_format) for level in levels[1:]]
+    )
     assert formats == [True] * 3
