@@ -23,7 +23,8 @@ LAYERS = {
     for which in ("encoder", "decoder")
     for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 32))
 }
-QUERIES = {"num_queries": 7, "num_labels": 5}
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+QUERIES = {"num_queries": 7, "num_labels": 5, **NO_DROPOUT}
 TIMM = {"backbone": "resnet18", "use_timm_backbone": True, "use_pretrained_backbone": False}
 STAGES = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 
@@ -54,13 +55,12 @@ CONFIGS = {
 
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name.split()[0]}ForObjectDetection")(CONFIGS[name]())
+    model = getattr(transformers, f"{name.split(maxsplit=1)[0]}ForObjectDetection")(CONFIGS[name]())
     for key, buffer in model.named_buffers():
-        if key.endswith("running_mean"):  # what fresh statistics would not show
+        if key.endswith(("running_mean", "bias")):  # of frozen BatchNorm: what fresh statistics would not show
             nn.init.normal_(buffer, std=0.1)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        elif key.endswith("weight"):  # timm starts the last one of a block at zero
+            nn.init.constant_(buffer, 0.7)
     return model
 
 
@@ -135,3 +135,45 @@ def test_a_copy_of_our_model_has_a_backbone_of_its_own(models: tuple[Any, Any]) 
     twin.load_state_dict({key: tensor * 0.5 for key, tensor in twin.state_dict().items()})
     assert not torch.equal(twin(**images).logits, expected)
     torch.testing.assert_close(ours(**images).logits, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Detr", "Detr native", "ConditionalDetr", "DabDetr"])
+def test_an_image_gives_the_same_alone_and_in_a_padded_batch(name: str) -> None:
+    images = {key: value for key, value in batch().items() if key != "labels"}
+    alone = {key: value[1:, ..., :64, :100] for key, value in images.items()}
+    differences = {}
+    theirs = model_of(name).eval()
+    for which, model in (("theirs", theirs), ("ours", replace_backbone(copy.deepcopy(theirs)))):
+        together = model(**images).logits[1]
+        differences[which] = (together - model(**alone).logits[0]).abs().max().item()
+
+    print(f"{name}: logits alone and in a batch differ by {differences['theirs']:.1e}, on our backbone by", end=" ")
+    print(f"{differences['ours']:.1e}")
+    assert differences["ours"] < 1e-5
+    assert differences["theirs"] > 10 * differences["ours"]
+
+
+@torch.no_grad()
+def test_another_network_takes_the_place_of_their_own() -> None:
+    theirs = model_of("Detr").eval()
+    backbone = Backbone("resnet18", return_layers=["layer4"], padding="zeros")
+    ours = replace_backbone(copy.deepcopy(theirs), backbone)
+
+    assert isinstance(ours.model.backbone, ConvEncoder)
+    assert ours.model.backbone.backbone is backbone
+    ours.load_state_dict(theirs.state_dict())  # torchvision and timm have the same names
+    images = {key: value for key, value in batch().items() if key != "labels"}
+    torch.testing.assert_close(ours(**images).logits, theirs(**images).logits, rtol=0, atol=1e-5)
+
+
+def test_levels_that_the_model_cannot_read_are_refused() -> None:
+    for name, layers in (("DeformableDetr", ["layer4"]), ("Detr", ["layer3"])):
+        backbone = Backbone("resnet18", return_layers=layers, train_layers=())
+        with pytest.raises(ConfigError, match=rf"`backbone` must have levels.*512\].* got \[{backbone.num_channels}\]"):
+            replace_backbone(model_of(name), backbone)
+
+
+def test_a_model_without_such_an_encoder_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`model` must be of transformers.* got Linear with 0"):
+        replace_backbone(nn.Linear(1, 1))
