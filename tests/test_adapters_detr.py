@@ -133,9 +133,15 @@ def test_a_head_of_detr_runs_without_glue() -> None:
     (features, expected_mask), *_ = upstream_levels(joiner, samples(), ["layer4"]).values()
     expected = (model.input_proj(features) + sines(expected_mask, 16, 10000.0, 0.0)).flatten(2)
 
-    print(f"DETR: tokens differ by {(tokens - expected).abs().max():.1e}")
-    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+    difference = relative_difference(tokens, expected)
+    print(f"DETR: tokens differ by {difference:.1e}")
+    assert difference < 1e-5
     assert torch.equal(mask, expected_mask.flatten(1))
+
+
+def relative_difference(got: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest value: what float32 leaves, for maps of any scale."""
+    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def sines(mask: Tensor, num_pos_feats: int, temperature: float, offset: float) -> Tensor:
@@ -176,8 +182,10 @@ def test_a_head_that_reads_channels_of_each_level_makes_its_own_levels(
     ]
     for (got, mask), projection, (features, expected_mask) in zip(levels, model.input_proj, expected, strict=False):
         wanted = projection(features) + sines(expected_mask, 16, temperature, offset)
-        print(f"{request.node.callspec.id}: a level differs by {(got - wanted).abs().max():.1e}")
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+        valid = ~expected_mask[:, None]  # positions of padded cells are arbitrary: they are divided by no length
+        difference = relative_difference(got * valid, wanted * valid)
+        print(f"{request.node.callspec.id}: a level differs by {difference:.1e}")
+        assert difference < 1e-5
         assert torch.equal(mask, expected_mask)
 
 
@@ -210,7 +218,8 @@ def test_names_and_groups_of_the_optimizer_are_those_of_the_programs() -> None:
 def test_levels_are_those_of_the_program(
     options: dict[str, Any], changes: dict[str, Any], strides: Any, num_channels: Any
 ) -> None:
-    joiner = built(options, **changes)
+    with torch.device("meta"):  # shapes only
+        joiner = built(options, **changes)
 
     assert (joiner.strides, joiner.num_channels) == (strides, num_channels)
 
@@ -228,14 +237,16 @@ def test_levels_are_those_of_the_program(
 def test_positions_are_those_of_the_program(
     options: dict[str, Any], changes: dict[str, Any], temperature: float, offset: float
 ) -> None:
-    position: Any = built(options, **changes)[1]
+    with torch.device("meta"):
+        position: Any = built(options, **changes)[1]
 
     assert (position.num_pos_feats, position.temperature, position.offset) == (16, temperature, offset)
 
 
 @pytest.mark.parametrize(("lr_backbone", "trained"), [(1e-5, {"layer2", "layer3", "layer4"}), (0, set())])
 def test_a_learning_rate_of_zero_freezes_the_backbone(lr_backbone: float, trained: set[str]) -> None:
-    body: Any = built(DETR, lr_backbone=lr_backbone)[0].body
+    with torch.device("meta"):
+        body: Any = built(DETR, lr_backbone=lr_backbone)[0].body
 
     assert {key.split(".")[0] for key, p in body.named_parameters() if p.requires_grad} == trained
 
@@ -275,7 +286,7 @@ def test_the_programs_start_from_pretrained_weights(monkeypatch: pytest.MonkeyPa
 
     asked = []
     monkeypatch.setattr(module, "load_weights", lambda body, weights, name: asked.append((name, weights)))
-    from_args(Namespace(**DETR))
+    from_args(Namespace(**DETR), padding="zeros")
 
     assert asked == [("resnet18", "IMAGENET1K_V1")]
 

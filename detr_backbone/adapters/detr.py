@@ -46,10 +46,10 @@ def from_args(args: Any, *, weights: str | None = "IMAGENET1K_V1", padding: Padd
 
     >>> from argparse import Namespace
     >>> args = Namespace(backbone="resnet18", lr_backbone=1e-5, hidden_dim=64, position_embedding="sine", masks=False)
-    >>> from_args(args, weights=None).num_channels
+    >>> from_args(args, weights=None, padding="zeros").num_channels
     512
     >>> args.num_feature_levels = 4
-    >>> from_args(args, weights=None).num_channels
+    >>> from_args(args, weights=None, padding="zeros").num_channels
     [128, 256, 512]
     """
     options: Mapping[str, Any] = vars(args)
