@@ -4,6 +4,7 @@ It is too large for every test run; `pytest -rP tests/test_adapters_hugging_face
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from detr_backbone import Backbone
 from detr_backbone.adapters.hugging_face import ConvEncoder, replace_backbone
 from detr_backbone.errors import ConfigError
+from tests.processes import ROOT
 
 transformers = pytest.importorskip("transformers", reason="80 MB with its tokenizers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -33,6 +35,14 @@ def native(levels: int, kind: str = "ResNetConfig") -> Any:
     return getattr(transformers, kind)(**STAGES, out_features=[f"stage{n}" for n in range(5 - levels, 5)])
 
 
+def hgnet() -> Any:
+    stages = {"stage_in_channels": [16, 16, 32, 64], "stage_mid_channels": [16] * 4, "stage_num_blocks": [1] * 4}
+    sizes = {"stage_out_channels": [16, 32, 64, 128], "stage_numb_of_layers": [1] * 4, "stem_channels": [3, 16, 16]}
+    return transformers.HGNetV2Config(
+        **stages, **sizes, hidden_sizes=[16, 32, 64, 128], out_features=["stage2", "stage3", "stage4"]
+    )
+
+
 def rt_detr(kind: str, **options: Any) -> Any:
     sizes = {"encoder_in_channels": [32, 64, 128], "feat_strides": [8, 16, 32], "decoder_in_channels": [32] * 3}
     common = {"encoder_hidden_dim": 32, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, **sizes}
@@ -49,6 +59,7 @@ CONFIGS = {
     "DeformableDetr native": lambda: transformers.DeformableDetrConfig(
         **LAYERS, **QUERIES, d_model=32, backbone_config=native(3)
     ),
+    "DFine": lambda: rt_detr("DFineConfig", backbone_config=hgnet()),
     "RTDetr": lambda: rt_detr("RTDetrConfig", backbone_config=native(3, "RTDetrResNetConfig")),
 }
 
@@ -165,6 +176,20 @@ def test_another_network_takes_the_place_of_their_own() -> None:
     ours.load_state_dict(theirs.state_dict())  # torchvision and timm have the same names
     images = {key: value for key, value in batch().items() if key != "labels"}
     torch.testing.assert_close(ours(**images).logits, theirs(**images).logits, rtol=0, atol=1e-5)
+
+
+def test_the_lines_of_the_page_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(from transformers.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(transformers.DetrForObjectDetection, "from_pretrained", lambda _: model_of("Detr"))
+    monkeypatch.chdir(tmp_path)
+    names = batch()
+    exec(lines, names)
+
+    assert isinstance(names["model"].model.backbone, ConvEncoder)
+    assert names["outputs"].loss.isfinite()
+    assert (tmp_path / "mine" / "model.safetensors").is_file()
+    assert len(lines.splitlines()) <= 10
 
 
 def test_levels_that_the_model_cannot_read_are_refused() -> None:
