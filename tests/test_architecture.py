@@ -18,6 +18,7 @@ COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection", "w
 MAY_IMPORT = {
     "component": set(),
     "detectors": {"component"},
+    "adapters": {"component"},
     "export": {"component"},
     "checkpoints": {"component", "detectors"},
     "coco": {"component"},

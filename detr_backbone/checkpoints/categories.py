@@ -64,9 +64,9 @@ def class_names(file: WeightsFile, num_classes: int) -> tuple[str, ...] | None:
     return tuple(map(str, names))
 
 
-def folder_config(file: WeightsFile) -> dict[str, Any]:
-    """Return the `config.json` beside a weights file of transformers; {} where there is none."""
-    path = file.path.parent / "config.json"
+def folder_config(file: WeightsFile, name: str = "config.json") -> dict[str, Any]:
+    """Return a JSON file beside a weights file of transformers; {} where there is none."""
+    path = file.path.parent / name
     if not file.path.name.startswith(("model.safetensors", "pytorch_model")) or not path.is_file():
         return {}
     try:

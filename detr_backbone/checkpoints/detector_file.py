@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from detr_backbone.checkpoints.categories import folder_config
 from detr_backbone.checkpoints.layouts import Layout, find_detector_layout, is_deformable, to_original
 from detr_backbone.errors import WeightsError
 from detr_backbone.weights.locate import IMAGENET_MEAN_STD, MeanStd, locate_weights
@@ -83,4 +84,7 @@ def _mean_std(file: WeightsFile) -> MeanStd | None:
     transforms = config.get("data", {}).get("transforms", {}) if isinstance(config, Mapping) else {}
     if "mean" in transforms and "std" in transforms:  # of this package's training
         return tuple(transforms["mean"]), tuple(transforms["std"])
+    processor = folder_config(file, "preprocessor_config.json")
+    if "image_mean" in processor and "image_std" in processor:
+        return tuple(processor["image_mean"]), tuple(processor["image_std"])
     return IMAGENET_MEAN_STD if "args" in file.extras else None  # of the original code, which knows no other

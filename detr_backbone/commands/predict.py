@@ -55,7 +55,8 @@ def main(
     Files that cannot be read are skipped and named, and the exit code is 1.
 
     Args:
-        checkpoint: the trained detector, or a file of `detr-backbone export`.
+        checkpoint: the trained detector, a file of `detr-backbone export`, or a published detector: a file or folder of
+            DETR, Deformable DETR or transformers, or a name such as detr_r50.
         images: a picture, or a folder of pictures.
         output: the folder for predictions.json and the annotated images.
         threshold: detections with a lower score are left out, 0 to 1; `best` takes the score with the best F1 from the

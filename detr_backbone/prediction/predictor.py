@@ -123,7 +123,8 @@ def load_predictor(
     """Return the trained detector of a checkpoint or of an exported file, ready for pictures.
 
     Args:
-        checkpoint: the file that training wrote, or that `export_checkpoint` made of it.
+        checkpoint: the file that training wrote, or that `export_checkpoint` made of it, or a published detector, as
+            `read_detector` takes it.
         device: where it runs; a GPU if there is one, if left out. Exported files run on the CPU.
         engine: see `load_exported`; for exported files only, as are `threads` and `precision`.
         threads: see `load_exported`.
@@ -133,7 +134,7 @@ def load_predictor(
     Raises:
         CheckpointError: the file is damaged, no such checkpoint, or does not fit the overrides.
         ConfigError: an override is no key, or does not fit it.
-        ExportError: an exported file cannot be run.
+        ExportError, WeightsError: an exported file or a published detector cannot be run.
     """
     model, config, categories = open_detector(
         checkpoint, engine=engine, threads=threads, precision=precision, overrides=overrides

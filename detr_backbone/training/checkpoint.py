@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
+from detr_backbone.weights.hub import PREFIX
 
 MAY_CHANGE = (
     *("resume", "output_dir", "eval_every", "optimizer.epochs", "early_stopping", "data.num_workers", "data.timeout"),
@@ -126,6 +127,24 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     if missing:
         raise CheckpointError(f"checkpoint lacks {', '.join(missing)} | where: file={path} | fix: was it saved here?")
     return Checkpoint(**{key: content[key] for key in KEYS})
+
+
+def is_published(path: Path | str) -> bool:
+    """Return whether this is no checkpoint of a run, but a detector from elsewhere: a name, a folder or another file.
+
+    Nothing is loaded. What does not exist, or is a damaged archive, counts as a checkpoint, whose error says so.
+    """
+    if not Path(path).is_file():
+        return Path(path).is_dir() or not Path(path).suffix or str(path).startswith((PREFIX, "https://"))
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+    return not any(b"images_per_step" in pickle for pickle in pickles)
 
 
 def refuse_another_run(

@@ -1,5 +1,6 @@
-"""A trained detector as an exported file: from a checkpoint, back for pictures and datasets, and in int8."""
+"""A trained detector for pictures and datasets, from whatever file holds it; as an exported file, and in int8."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr_backbone.checkpoints.open import OpenedDetector
+from detr_backbone.checkpoints.open import open_detector as open_published_detector
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.subset import image_ids_sha256
+from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import build_postprocess
 from detr_backbone.errors import ConfigError, EvaluationError, ExportError
 from detr_backbone.evaluation.intervals import Difference, compare
@@ -25,10 +29,13 @@ from detr_backbone.export import (
     load_exported,
     quantize,
 )
-from detr_backbone.training.checkpoint import load_checkpoint
+from detr_backbone.training.checkpoint import is_published, load_checkpoint
 from detr_backbone.training.config import TrainConfig, config_from_dict, config_to_dict, override_config
+from detr_backbone.training.data import DataConfig
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import detector_of, evaluate
+
+logger = logging.getLogger(__name__)
 
 
 def export_checkpoint(checkpoint: Path | str, path: Path | str, *, masks: bool = False) -> ExportReport:
@@ -63,14 +70,16 @@ def open_detector(
     """Return a trained detector, its configuration, and category id -> name in the order of the labels.
 
     Args:
-        path: a checkpoint, or a file of `export_checkpoint`, which its ending tells.
+        path: a checkpoint of a run; a file of `export_checkpoint`, which its ending tells; or a published detector, as
+            `read_detector` takes it: a file of DETR, Deformable DETR or transformers, or a name such as detr_r50.
         engine: see `load_exported`; for exported files only, as are `threads` and `precision`.
         threads: see `load_exported`.
         precision: see `load_exported`.
-        overrides: words of a command line that change the configuration; of an exported file, all but its detector.
+        overrides: words of a command line that change the configuration; of an exported or a published
+            one, all but its detector.
 
     Raises:
-        CheckpointError, ExportError: the file cannot be used.
+        CheckpointError, ExportError, WeightsError: the file cannot be used.
         ConfigError: an override or an option does not fit the file.
     """
     if Path(path).suffix not in ENGINES:
@@ -79,14 +88,33 @@ def open_detector(
                 f"`engine`, `threads` and `precision` are for exported files ({', '.join(ENGINES)}) | where: "
                 f"file={path} | got {engine}, {threads}, {precision}"
             )
-        loaded = load_checkpoint(path)
-        model, config = detector_of(loaded, overrides=overrides)
-        return model, config, loaded.categories
+        if not is_published(path):
+            loaded = load_checkpoint(path)
+            model, config = detector_of(loaded, overrides=overrides)
+            return model, config, loaded.categories
+        opened = open_published_detector(str(path))
+        logger.info("%s", opened.report)
+        return opened.model, _changed(_config_of(opened), overrides, path), opened.categories
     detector, exported = open_exported_detector(path, engine=engine, threads=threads, precision=precision)
-    config = override_config(exported, overrides)
-    if config.detector != exported.detector:
-        raise ConfigError(f"an exported detector cannot be changed | where: file={path} key=detector")
-    return detector, config, detector.metadata.categories
+    return detector, _changed(exported, overrides, path), detector.metadata.categories
+
+
+def _config_of(opened: OpenedDetector) -> TrainConfig:
+    """The configuration in which a published detector predicts: images resized as DETR's, normalised as its weights."""
+    transforms = TransformConfig()
+    if opened.report.mean_std is None:
+        logger.warning("%s", opened.report.compare_images(transforms.mean, transforms.std))
+    else:
+        mean, std = opened.report.mean_std
+        transforms = config_from_dict({"data": {"transforms": {"mean": list(mean), "std": list(std)}}}).data.transforms
+    return TrainConfig(detector=opened.config, data=DataConfig(transforms=transforms))
+
+
+def _changed(config: TrainConfig, overrides: Sequence[str], path: Path | str) -> TrainConfig:
+    changed = override_config(config, overrides)
+    if changed.detector != config.detector:
+        raise ConfigError(f"the detector of this file cannot be changed | where: file={path} key=detector")
+    return changed
 
 
 def open_exported_detector(
