@@ -25,13 +25,14 @@ def structure_of(network: nn.Module, passes: PerThread[Pass]) -> Structure:
 
 def _entries(name: str, module: nn.Module, passes: PerThread[Pass]) -> Iterator[tuple[Any, ...]]:
     own = vars(module)
-    folding, window = own.get("folding"), own.get("window")
+    folding, fusing, window = own.get("folding"), own.get("fusing"), own.get("window")
     yield (
         name,
         type(module).forward,
         len(module._modules),
         own.get("kernel_size"),
         folding and (folding[0], folding[1] is passes),
+        fusing and (fusing[0], fusing[2] is passes),
         window and (window[0], window[1] is passes),
     )
     for child_name, child in module._modules.items():
