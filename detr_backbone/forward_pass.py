@@ -52,6 +52,13 @@ def hooked(
         yield
 
 
+def is_transformed() -> bool:
+    """Return whether operators are recorded, as by torch.export and TorchScript, or transformed, as by vmap."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def is_watched(network: nn.Module, *, own: Collection[Callable[..., Any]]) -> bool:
     """Return whether forward hooks see what the modules of a network take and return.
 

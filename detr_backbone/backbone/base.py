@@ -10,7 +10,7 @@ from torch import nn
 from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
 from detr_backbone.folding import find_fusions, fold_pairs, fuse, prepare_folding
-from detr_backbone.forward_pass import Pass, PerThread, is_watched
+from detr_backbone.forward_pass import Pass, PerThread, is_transformed, is_watched
 from detr_backbone.layer_getter import IntermediateLayerGetter
 from detr_backbone.layer_getter.strategies import Hooks
 from detr_backbone.nested_tensor import (
@@ -267,7 +267,7 @@ class BackboneBase(nn.Module):
 
     def _fuses(self) -> bool:
         """Return whether convolutions do the work of sums and ReLUs; hooks shall see what each layer does by itself."""
-        if torch.compiler.is_compiling() or not self._is_folded_for_inference:
+        if is_transformed() or not self._is_folded_for_inference:
             return False
         return not is_watched(self.body, own=(zero_inputs, Hooks.add_output))
 

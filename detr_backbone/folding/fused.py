@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_map_only
 
 from detr_backbone.folding.fold import compute_dtype, replace, retype
@@ -29,9 +30,7 @@ class FusedConv2d(nn.Conv2d):
     fusing: tuple[str, bool, PerThread[Pass]]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._is_in_pass():
-            return super().forward(input)
-        x = self._prepare(input)
+        x = self._prepare(input) if self._is_in_pass() else None
         return super().forward(input) if x is None else Deferred.of(self, x)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ class FusedConv2d(nn.Conv2d):
         if other is None:
             return convolve(kind, x, self.weight, self.bias)
         fits = other.shape == kind.output_shape(x.shape) and other.dtype == x.dtype and _is_plain(other)
-        if not fits:
+        if not fits or not is_usable(kind, adds=True):
             return None
         _, may_overwrite, _ = self.fusing
         in_place = (
@@ -53,6 +52,8 @@ class FusedConv2d(nn.Conv2d):
         return convolve_and_add(kind, x, self.weight, self.bias, other, overwrite=in_place)
 
     def _is_in_pass(self) -> bool:
+        if torch.compiler.is_compiling():
+            return False
         _, _, passes = self.fusing
         running = passes.get()
         return running is not None and running.fuses
@@ -171,5 +172,6 @@ def _is_plain(x: Any) -> bool:
         and x.device.type == "cpu"
         and x.layout == torch.strided
         and not (torch.is_grad_enabled() and x.requires_grad)
+        and unpack_dual(x).tangent is None
         and x.is_contiguous(memory_format=torch.channels_last)
     )
