@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, fold_for_inference
-from detr_backbone.folding import fused, primitives
+from detr_backbone.folding import FusedConv2d, fused, primitives
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")),
@@ -283,14 +284,14 @@ NETWORKS: dict[str, Callable[[], BackboneBase]] = {
     "bottlenecks": _bottlenecks,
     "resnet18": lambda: Backbone("resnet18", return_interm_layers=True),
     "regnet_x_400mf": lambda: Backbone("regnet_x_400mf", return_interm_layers=True),
-    "mobilenet_v3_small": lambda: Backbone("mobilenet_v3_small", return_interm_layers=True),
+    "mobilenet_v2": lambda: Backbone("mobilenet_v2", return_interm_layers=True),
     "googlenet": lambda: Backbone("googlenet"),
     "timm/resnet10t": lambda: Backbone("timm/resnet10t", return_interm_layers=True),
     "timm/hgnetv2_b0": lambda: Backbone("timm/hgnetv2_b0"),
     "timm/seresnet18": lambda: Backbone("timm/seresnet18"),
 }
-FUSED = {"resnet18": 17, "bottlenecks": 19}
-"""Convolutions that end in a ReLU: the stem, two or three in a block; those of projections do not."""
+FUSED = {"resnet18": 17, "bottlenecks": 19, "mobilenet_v2": 0}
+"""Convolutions that end in a ReLU: the stem, two or three in a block; not those of projections, or before a ReLU6."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -312,7 +313,8 @@ def test_fused_networks_give_what_the_two_layers_give(name: str, primitives_run:
             primitives_run.clear()
             folded(batches[0])
             assert len(primitives_run) == FUSED[name]
-    assert primitives_run
+            assert sum(isinstance(module, FusedConv2d) for module in folded.modules()) == FUSED[name]
+    assert primitives_run or FUSED[name] == 0
     assert backbone.batching == folded.batching
 
 
@@ -350,18 +352,15 @@ def test_images_of_every_size_go_through_one_folded_network(
     assert len(primitives_run) == 4 * FUSED["bottlenecks"]
 
 
-def test_levels_are_what_the_layers_asked_for_return_and_stay_so(primitives_run: list[str]) -> None:
-    layers = [
-        "bn1",
-        "relu",
-        "maxpool",
-        "layer1.0",
-        "layer1.0.conv3",
-        "layer1.1.bn3",
-        "layer1.1",
-        "layer2.0.relu",
-        "layer3",
-    ]
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["bn1", "relu", "maxpool", "layer1.0.conv3", "layer1.1.bn3", "layer1.1", "layer2.0.relu", "layer3"],
+        ["maxpool", "layer1.0", "layer1", "layer4.0", "layer4"],
+    ],
+    ids=["layers", "blocks"],
+)
+def test_levels_are_what_the_layers_asked_for_return_and_stay_so(layers: list[str], primitives_run: list[str]) -> None:
     backbone = trained(BackboneBase(BottleneckNetwork(), return_layers=layers)).eval()
     images = torch.randn(1, 3, 65, 43)
     with torch.no_grad():
@@ -372,6 +371,22 @@ def test_levels_are_what_the_layers_asked_for_return_and_stay_so(primitives_run:
     assert list(got) == list(expected)
     for name, level in expected.items():
         assert_close(got[name].tensors, level.tensors)
+
+
+class Cleared(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem_norm(self.stem(x)))
+        z = F.relu(self.norm(self.conv(x)))
+        x.zero_()
+        return self.last(z)
+
+
+def test_a_level_before_a_relu_is_computed_when_its_layer_returns() -> None:
+    backbone = trained(BackboneBase(Cleared(), return_layers=["norm", "last"], train_layers=["conv"])).eval()
+    images = torch.randn(1, 3, 17, 22)
+    with torch.no_grad():
+        expected = backbone(images)["0"].tensors
+        assert_close(fold_for_inference(backbone)(images)["0"].tensors, expected)
 
 
 def test_hooks_see_what_each_layer_takes_and_returns(bottlenecks: BackboneBase, primitives_run: list[str]) -> None:
@@ -509,10 +524,16 @@ def test_gradients_reach_the_images(bottlenecks: BackboneBase, primitives_run: l
     leaf = images.clone().requires_grad_()
     level = bottlenecks(leaf)["3"].tensors
     level.sum().backward()
+    with forward_ad.dual_level():
+        dual = bottlenecks(forward_ad.make_dual(images, tangent))["3"].tensors.sum()
+        directional = forward_ad.unpack_dual(dual).tangent
     _, forward = torch.func.jvp(lambda x: bottlenecks(x)["3"].tensors.sum(), (images,), (tangent,))
 
     assert primitives_run == []
-    torch.testing.assert_close(forward, (leaf.grad * tangent).sum(), rtol=1e-3, atol=1e-3 * float(leaf.grad.norm()))
+    for derivative in (forward, directional):
+        torch.testing.assert_close(
+            derivative, (leaf.grad * tangent).sum(), rtol=1e-3, atol=1e-3 * float(leaf.grad.norm())
+        )
 
 
 def test_no_graph_holds_a_private_operator(bottlenecks: BackboneBase) -> None:
@@ -525,6 +546,9 @@ def test_no_graph_holds_a_private_operator(bottlenecks: BackboneBase) -> None:
         assert "mkldnn" not in str(exported.graph)
         assert_close(exported.module()(images)["3"].tensors, expected)
         assert_close(compiled(images)["3"].tensors, expected)
+        backbone = copy.deepcopy(bottlenecks)
+        backbone.body.layer2.compile(backend="eager", fullgraph=True)
+        assert_close(backbone(images)["3"].tensors, expected)
 
 
 def _absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,6 @@ class FusedConv2d(nn.Conv2d):
         return convolve_and_add(kind, x, self.weight, self.bias, other, overwrite=in_place)
 
     def _is_in_pass(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
         _, _, passes = self.fusing
         running = passes.get()
         return running is not None and running.fuses
@@ -172,6 +170,6 @@ def _is_plain(x: Any) -> bool:
         and x.device.type == "cpu"
         and x.layout == torch.strided
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and unpack_dual(x).tangent is None
+        and unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
         and x.is_contiguous(memory_format=torch.channels_last)
     )
