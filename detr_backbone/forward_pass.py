@@ -1,7 +1,7 @@
 """What holds during one forward pass of a network: its mode, the hooks that watch it, and the state of its thread."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +57,36 @@ def hooked(
         yield
 
 
+def is_transformed() -> bool:
+    """Return whether operators are recorded, as by torch.export and TorchScript, or transformed, as by vmap."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_watched(network: nn.Module, *, own: Collection[Callable[..., Any]]) -> bool:
+    """Return whether forward hooks see what the modules of a network take and return.
+
+    Args:
+        network: the network.
+        own: functions and methods that do not count.
+    """
+    hooks = [
+        hook
+        for module in network.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
+    for_every_module = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(for_every_module) or any(_function(hook) not in own for hook in hooks)
+
+
+def _function(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a method or of a partial of either."""
+    if isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__func__", hook)
+
+
 @dataclass(frozen=True)
 class Pass:
     """State of one pass of a backbone, read by its layers.
@@ -64,10 +94,12 @@ class Pass:
     Attributes:
         padded: the batch whose padded cells are zeroed before every window; None if nothing is padded.
         norms: by path the FrozenBatchNorm2d whose work the convolutions before them do.
+        fuses: whether convolutions that are fused for inference run together with the sums and ReLUs behind them.
     """
 
     padded: NestedTensor | None
     norms: Mapping[str, "FoldedNorm"]
+    fuses: bool = False
 
 
 class FoldedNorm(NamedTuple):

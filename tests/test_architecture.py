@@ -12,7 +12,7 @@ from tests.processes import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"
 
-COMPONENT = {"backbone", "layer_getter", "networks", "padding", "inspection", "weights"}
+COMPONENT = {"backbone", "folding", "layer_getter", "networks", "padding", "inspection", "weights"}
 """Folders of the component; the modules beside them belong to it too."""
 # part -> the parts it may import from, besides itself
 MAY_IMPORT = {

@@ -9,10 +9,11 @@ from torch import nn
 
 from detr_backbone.activation_checkpointing import checkpoint_layers
 from detr_backbone.errors import ConfigError
-from detr_backbone.folding import fold_pairs, prepare_folding, scale_and_shift_together
-from detr_backbone.forward_pass import Pass, PerThread
+from detr_backbone.folding import find_fusions, fold_pairs, fuse, prepare_folding, scale_and_shift_together
+from detr_backbone.forward_pass import Pass, PerThread, is_transformed, is_watched
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.layer_getter import IntermediateLayerGetter
+from detr_backbone.layer_getter.strategies import Hooks
 from detr_backbone.nested_tensor import (
     Images,
     NestedTensor,
@@ -29,7 +30,7 @@ from detr_backbone.networks.input_channels import first_convolution, refuse_othe
 from detr_backbone.networks.layer_paths import expand_paths
 from detr_backbone.networks.stages import Survey
 from detr_backbone.networks.structure import Structure, structure_of
-from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows
+from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows, zero_inputs
 from detr_backbone.padding.plan import Batching, choose_plan
 from detr_backbone.pyramid import PyramidConfig, SimpleFeaturePyramid
 
@@ -106,6 +107,8 @@ class BackboneBase(nn.Module):
         geometry = self._measure(backbone, survey.dry_run, paths)
         # Folding replaces convolutions, so it stands before the hooks and the self-test, which run what will run.
         self._folded = prepare_folding(self.body, survey.dry_run.sole_readers(paths), self._passes)
+        # What can be fused for inference shows in the dry run of the network as it was before the folding.
+        self._fusions = find_fusions(self.body, survey.dry_run, folded=self._folded, returned=paths)
         # The self-test runs the backbone as it is by now.
         self._make_exact(backbone, geometry)
         # Checkpointing changes no result, so it needs no test; it wraps the layers as they are at last.
@@ -165,8 +168,9 @@ class BackboneBase(nn.Module):
         if self._norms_to_fold() is None:
             raise ConfigError("`fold_for_inference` must find the network as it was built, got one with other layers")
         fold_pairs(self.body, self._folded, dtype=dtype)
+        fuse(self.body, self._fusions, self._passes)
         self.requires_grad_(requires_grad=False).eval()
-        self._folded = {}
+        self._folded, self._fusions = {}, {}
         self._structure, _ = structure_of(self.body, self._passes)
         self._is_folded_for_inference = True
 
@@ -231,14 +235,12 @@ class BackboneBase(nn.Module):
         batch = self.pad(images)
         padded = batch if self._zeroes_padding and batch.is_padded else None
         memory_format = torch.channels_last if self._channels_last else torch.preserve_format
-        with self._passes.set(Pass(padded=padded, norms=scale_and_shift_together(norms or {}))):
+        folded = scale_and_shift_together(norms or {})
+        with self._passes.set(Pass(padded=padded, norms=folded, fuses=norms is not None and self._fuses())):
             outputs = self.body(batch.tensors.to(memory_format=memory_format))
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
-            cells = as_map(output, layout, size_of(batch.tensors))
-            if self._channels_last and layout.axes == "NCHW" and not torch.compiler.is_compiling():
-                # Convolutions over few cells compute in NCHW. torch.func.vmap does not know torch.channels_last.
-                cells = cells.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            cells = as_map(output, layout, size_of(batch.tensors), channels_last=self._channels_last)
             if self.size_divisor > 1:
                 ((h, w),) = valid_sizes([size_of(images.tensors)], layout.stride)
                 cells = cells[:, :, :h, :w]
@@ -264,13 +266,16 @@ class BackboneBase(nn.Module):
             refuse_other_input(images.tensors, first)
 
     def _norms_to_fold(self) -> dict[str, FrozenBatchNorm2d] | None:
-        """Return the norms whose work the convolutions before them do, by path; None if the network was changed.
-
-        What was tried and folded when the network was built holds as long as it stands as it was built.
-        """
+        """Return the norms whose work the convolutions before them do, by path; None if the network was changed."""
         structure, norms = structure_of(self.body, self._passes)
         is_building = self._structure is None
         return norms if is_building or structure == self._structure or torch.compiler.is_compiling() else None
+
+    def _fuses(self) -> bool:
+        """Return whether convolutions do the work of sums and ReLUs; hooks shall see what each layer does by itself."""
+        if is_transformed() or not self._is_folded_for_inference:
+            return False
+        return not is_watched(self.body, own=(zero_inputs, Hooks.add_output))
 
 
 def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:

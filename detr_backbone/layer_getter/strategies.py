@@ -123,7 +123,7 @@ class Hooks:
         self._return_layers = dict(return_layers)
         self._running: PerThread[Outputs] = PerThread()
         for module, names in by_module(model, return_layers).items():
-            module.register_forward_hook(partial(self._returned, names))
+            module.register_forward_hook(partial(self.add_output, names))
 
     def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
         outputs = Outputs(self._return_layers.values())
@@ -132,7 +132,8 @@ class Hooks:
         _check_reached(self._return_layers, outputs)
         return dict(outputs)
 
-    def _returned(self, names: Iterable[str], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def add_output(self, names: Iterable[str], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Add the output of a layer to those of this thread's pass: the forward hook of the layers asked for."""
         outputs = self._running.get()
         if outputs is None:
             return

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.nested_tensor import Size
+from detr_backbone.networks.dataflow import Dataflow, Value
 from detr_backbone.networks.input_channels import first_convolution
 
 PROBE: Size = (256, 320)
@@ -47,6 +46,8 @@ class DryRun:
     Attributes:
         calls: of each inner layer that was called, by path, in the order in which they began.
         error: what the forward raised, such as a classifier at an image of a size that it was not made for.
+        dataflow: of the operators.
+        inputs, outputs: the first input, and the output, of all calls of a layer, by path, where that is a tensor.
 
     Raises:
         ConfigError: the network has no convolution.
@@ -56,10 +57,9 @@ class DryRun:
         self.size = size
         self.calls: dict[str, Call] = {}
         self.error: Exception | None = None
-        self._clock = 0
-        self._inputs: dict[str, list[int]] = {}  # ids of tensors by layer
-        self._outputs: dict[str, list[int]] = {}
-        self._reads = _Reads()
+        self.dataflow = Dataflow()
+        self.inputs: dict[str, list[Value]] = {}
+        self.outputs: dict[str, list[Value]] = {}
         self._run(network)
 
     def reached(self, path: str) -> Call:
@@ -92,19 +92,20 @@ class DryRun:
         Args:
             returned: paths of layers whose outputs are read by the caller too.
         """
-        counts = dict(self._reads.counts)
-        for path in returned:
-            for output in self._outputs.get(path, ()):
-                counts[output] = counts.get(output, 0) + 1
+        returned_values = {value for path in returned for value in self.outputs.get(path, ())}
         # The innermost layer returns first: a Sequential gives the output of its last layer.
-        makers: dict[int, str] = {}
-        for path, outputs in self._outputs.items():
+        makers: dict[Value, str] = {}
+        for path, outputs in self.outputs.items():
             if len(outputs) == 1:
                 makers.setdefault(outputs[0], path)
         return {
             makers[inputs[0]]: path
-            for path, inputs in self._inputs.items()
-            if len(inputs) == 1 and self.calls[path].count == 1 and inputs[0] in makers and counts.get(inputs[0]) == 1
+            for path, inputs in self.inputs.items()
+            if len(inputs) == 1
+            and self.calls[path].count == 1
+            and inputs[0] in makers
+            and inputs[0] not in returned_values
+            and len(self.dataflow.readers(inputs[0])) == 1
         }
 
     def _run(self, network: nn.Module) -> None:
@@ -112,55 +113,38 @@ class DryRun:
         meta = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
         image = torch.empty(1, first.in_channels, *self.size, device="meta", dtype=first.weight.dtype)
         modules = {path: module for path, module in network.named_modules() if path}
-        with torch.no_grad(), evaluating(network), hooked(modules, before=self._enter, after=self._leave), self._reads:
+        with (
+            torch.no_grad(),
+            evaluating(network),
+            hooked(modules, before=self._enter, after=self._leave),
+            self.dataflow,
+        ):
             try:
                 output = torch.func.functional_call(network, meta, (image,))
             except Exception as error:  # whatever a network raises at an image that it was not made for
                 self.error = error
             else:
-                self._reads.add(output)
+                self.dataflow.read(output)
+                del output
+        self.dataflow.forget_tensors()
 
     def _enter(self, path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._clock += 1
+        time = self.dataflow.tick()
         first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
         shape = None if first is None else tuple(first.shape)
         if path in self.calls:
             self.calls[path].count += 1
         else:
-            self.calls[path] = Call(start=self._clock, input_shape=shape)
+            self.calls[path] = Call(start=time, input_shape=shape)
         if first is not None:
             self.calls[path].input_shapes.add(tuple(first.shape))
-            self._inputs.setdefault(path, []).append(id(first))
-            self._reads.keep(first)
+            self.inputs.setdefault(path, []).append(self.dataflow.value(first))
 
     def _leave(self, path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._clock += 1
+        time = self.dataflow.tick()
         call = self.calls[path]
         if not call.end:
-            call.end = self._clock
+            call.end = time
             call.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
         if isinstance(output, Tensor):
-            self._outputs.setdefault(path, []).append(id(output))
-            self._reads.keep(output)
-
-
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts how often each tensor is read by an operator."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # an id is one tensor's as long as that lives
-
-    def keep(self, tensor: Tensor) -> None:
-        self._alive.append(tensor)
-
-    def add(self, values: Any) -> None:
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, Tensor):
-                self.counts[id(leaf)] = self.counts.get(id(leaf), 0) + 1
-                self._alive.append(leaf)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.add((args, kwargs))
-        return func(*args, **(kwargs or {}))
+            self.outputs.setdefault(path, []).append(self.dataflow.value(output))

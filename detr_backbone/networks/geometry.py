@@ -60,13 +60,14 @@ def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
     return None
 
 
-def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
+def as_map(output: Tensor, layout: Layout, image: Size, *, channels_last: bool = False) -> Tensor:
     """Return an output as [B, C, h, w], without a copy; its gradient reaches the network in its memory format.
 
     Args:
         output: of this layout.
         layout: as `layout_of` gives it.
         image: (H, W) of the images; with tokens, a multiple of the stride.
+        channels_last: copy a map in NCHW, in which convolutions over few cells compute, to torch.channels_last.
 
     >>> import torch
     >>> tokens = torch.tensor([[[-1.0], [0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]])
@@ -79,7 +80,10 @@ def as_map(output: Tensor, layout: Layout, image: Size) -> Tensor:
     if layout.axes == "NLC":
         cells = (image[0] // layout.stride, image[1] // layout.stride)
         output = output[:, layout.prefix :].transpose(1, 2).reshape(output.shape[0], layout.channels, *cells)
-    return _with_gradients_in_its_format(output)
+    output = _with_gradients_in_its_format(output)
+    if channels_last and layout.axes == "NCHW" and not torch.compiler.is_compiling():
+        output = output.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as torch.func.vmap can do it too
+    return output
 
 
 def _with_gradients_in_its_format(maps: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def _entries(
     name: str, module: nn.Module, passes: PerThread[Pass], norms: dict[str, FrozenBatchNorm2d]
 ) -> Iterator[tuple[Any, ...]]:
     own = vars(module)
-    folding, window = own.get("folding"), own.get("window")
+    folding, fusing, window = own.get("folding"), own.get("fusing"), own.get("window")
     if folding and isinstance(module, FrozenBatchNorm2d):
         norms[folding[0]] = module
     yield (
@@ -39,6 +39,7 @@ def _entries(
         len(module._modules),
         own.get("kernel_size"),
         folding and (folding[0], folding[1] is passes),
+        fusing and (fusing[0], fusing[2] is passes),
         window and (window[0], window[1] is passes),
     )
     for child_name, child in module._modules.items():

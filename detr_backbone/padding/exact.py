@@ -108,10 +108,11 @@ def zero_before_windows(body: nn.Module, geometry: Geometry, passes: PerThread[P
     for path, module in body.named_modules():
         if _is_window(module) and path in geometry.input_strides:
             module.window = (geometry.input_strides[path], passes)
-            module.register_forward_pre_hook(_zero_inputs)
+            module.register_forward_pre_hook(zero_inputs)
 
 
-def _zero_inputs(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+def zero_inputs(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    """Return the inputs of a window with zeros in the padded cells of the pass: its forward pre-hook."""
     window: Any = module.window
     stride, passes = window
     running = passes.get()

@@ -43,7 +43,7 @@ class FoldedConv2d(nn.Conv2d):
             assert isinstance(norm.module, FrozenBatchNorm2d)
             return norm.module.normalise(super().forward(input.contiguous()))
         weight, bias = fold(self, norm.scale, norm.shift)
-        dtype = _compute_dtype(input, self.weight)
+        dtype = compute_dtype(input, self.weight)
         return self._conv_forward(input, weight.to(dtype), bias.to(dtype))
 
     def _has_more_weights_than_outputs(self, x: Tensor) -> bool:
@@ -80,9 +80,9 @@ def prepare_folding(network: nn.Module, readers: Mapping[str, str], passes: PerT
     for path, norm_path in readers.items():
         convolution, norm = modules.get(path), modules.get(norm_path)
         if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d):
-            replacement = _retyped(convolution, FoldedConv2d)
+            replacement = retype(convolution, FoldedConv2d)
             replacement.folding = norm.folding = (norm_path, passes)
-            _replace(network, path, replacement)
+            replace(network, path, replacement)
             folded[norm_path] = path
     return folded
 
@@ -134,31 +134,32 @@ def fold_pairs(network: nn.Module, folded: Mapping[str, str], *, dtype: torch.dt
         assert isinstance(norm, FrozenBatchNorm2d)
         weight, bias = fold(convolution, *norm.scale_and_shift())
         target = dtype or convolution.weight.dtype
-        plain = _retyped(convolution, nn.Conv2d)
+        plain = retype(convolution, nn.Conv2d)
         del plain.folding
         plain._parameters = {
             "weight": nn.Parameter(weight.to(target, memory_format=torch.channels_last), requires_grad=False),
             "bias": nn.Parameter(bias.to(target), requires_grad=False),
         }
-        follows = _retyped(norm, nn.Sequential if norm._modules else nn.Identity)
+        follows = retype(norm, nn.Sequential if norm._modules else nn.Identity)
         follows._buffers = {}
-        _replace(network, path, plain)
-        _replace(network, norm_path, follows)
+        replace(network, path, plain)
+        replace(network, norm_path, follows)
 
 
-def _retyped(module: nn.Module, cls: type[Layer]) -> Layer:
+def retype(module: nn.Module, cls: type[Layer]) -> Layer:
     """Return a module of another class with all that this one holds: parameters, hooks, mode."""
     retyped = cls.__new__(cls)
     vars(retyped).update(vars(module))
     return retyped
 
 
-def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
+def replace(network: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at a path."""
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, module)
 
 
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that a convolution computes in."""
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x.device) else weight.dtype
 
