@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, fold_for_inference
+from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, NestedTensor, fold_for_inference
 from detr_backbone.folding import FusedConv2d, fused, primitives
 
 pytestmark = pytest.mark.skipif(
@@ -549,6 +549,20 @@ def test_no_graph_holds_a_private_operator(bottlenecks: BackboneBase) -> None:
         backbone = copy.deepcopy(bottlenecks)
         backbone.body.layer2.compile(backend="eager", fullgraph=True)
         assert_close(backbone(images)["3"].tensors, expected)
+
+
+def test_vmap_transforms_the_plain_operators() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), FrozenBatchNorm2d(8), nn.ReLU())
+    backbone = BackboneBase(network, return_layers=["2"], train_layers=["0"], padding="zeros", channels_last=False)
+    fold_for_inference(trained(backbone))
+    images = torch.randn(2, 1, 3, 9, 11)
+
+    def features(images: Tensor) -> Tensor:
+        return backbone(NestedTensor(images, None))["0"].tensors
+
+    with torch.no_grad():
+        got = torch.func.vmap(features)(images)
+        assert_close(got[:, 0], features(images[:, 0]))
 
 
 def _absent(monkeypatch: pytest.MonkeyPatch) -> None:

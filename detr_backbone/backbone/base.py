@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NoReturn, Self, TypeVar
+from typing import NoReturn, Self
 
 import torch
 from torch import nn
@@ -33,8 +33,6 @@ from detr_backbone.networks.structure import Structure, structure_of
 from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows, zero_inputs
 from detr_backbone.padding.plan import Batching, choose_plan
 from detr_backbone.pyramid import PyramidConfig, SimpleFeaturePyramid
-
-Model = TypeVar("Model", bound=nn.Module)
 
 TRAINED_STAGES = ("layer2", "layer3", "layer4")
 """The stages that DETR trains; the stem and the first stage stay as pretrained (arXiv 2005.12872, section A.4)."""
@@ -276,25 +274,3 @@ class BackboneBase(nn.Module):
         if is_transformed() or not self._is_folded_for_inference:
             return False
         return not is_watched(self.body, own=(zero_inputs, Hooks.add_output))
-
-
-def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
-    """Fold frozen BatchNorm into the convolutions before it, once and for good, and return the model, in eval mode.
-
-    It then runs without scaling weights in every pass. State-dict keys change, so weights are loaded before; parameters
-    are frozen, and training is refused.
-
-    Args:
-        model: a BackboneBase, or what holds some, such as a detector; it is changed in place.
-        dtype: of the folded weights, such as torch.bfloat16 to run under autocast of that dtype, which then has nothing
-            to convert; left out, that of the weights.
-
-    Raises:
-        ConfigError: there is no backbone in the model, or its layers were changed after it was built.
-    """
-    backbones = [module for module in model.modules() if isinstance(module, BackboneBase)]
-    if not backbones:
-        raise ConfigError(f"`model` must hold a backbone, got {type(model).__name__} without any")
-    for backbone in backbones:
-        backbone.fold_for_inference(dtype)
-    return model.eval()
