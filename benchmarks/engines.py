@@ -1,4 +1,4 @@
-"""Deployed models as contenders: our exported files in ONNX Runtime and OpenVINO.
+"""Deployed models as contenders: ours folded for inference, and our exported files in ONNX Runtime and OpenVINO.
 
 A file is written once for each model, by the first process that needs it, into the folder that `exported_files` makes.
 """
@@ -15,6 +15,7 @@ import torch
 from peers import Case, Run, build_ours
 from torch import nn
 
+from detr_backbone import fold_for_inference
 from detr_backbone.export import EngineName, EnginePrecision, export, load_exported, quantize
 
 FOLDER = "DETR_BACKBONE_EXPORTED_FILES"
@@ -46,6 +47,18 @@ def engine(case: Case, precision: str, *, name: EngineName) -> Run:
     return run
 
 
+def folded(case: Case, precision: str) -> Run:
+    """Return a run of ours in PyTorch, folded for inference in the precision."""
+    model = fold_for_inference(build_ours(case), dtype=torch.bfloat16 if precision == "bf16" else None).to(case.device)
+    images = case.batch()
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return run
+
+
 def _file(case: Case, *, ending: str = ".xml", int8: bool = False) -> Path:
     detector = case.kind if "detr" in case.kind else "backbone"
     stem = f"{detector}-{case.network}-{case.levels}"
@@ -61,6 +74,7 @@ def _file(case: Case, *, ending: str = ".xml", int8: bool = False) -> Path:
 
 
 ENGINES: dict[str, Callable[[Case, str], Run]] = {
+    "ours, folded": folded,
     "onnxruntime": partial(engine, name="onnxruntime"),
     "openvino": partial(engine, name="openvino"),
 }

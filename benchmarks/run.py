@@ -29,7 +29,7 @@ NETWORKS = ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
 PEERS = ("original", "ours", "timm", "hugging_face")
 GETTERS = ("bare", "sequential", "graph", "hooks")
 COMPILED = ("original", "ours", "original, compiled", "ours, compiled")
-DEPLOYED = (*COMPILED, "onnxruntime", "openvino")
+DEPLOYED = (*COMPILED, "ours, folded", "onnxruntime", "openvino")
 BOTH: tuple[Precision, ...] = ("float32", "bf16")
 ALL: tuple[Precision, ...] = (*BOTH, "int8")
 
