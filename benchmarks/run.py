@@ -101,6 +101,10 @@ def suites(device: str) -> dict[str, list[Row]]:
                 replace(at, kind="deformable_detr"),
             )
         ],
+        "folded": [
+            Row(replace(at, sizes=sizes), ("ours", "ours, folded", "onnxruntime", "openvino"))
+            for sizes in (at.sizes, ((224, 224),), MIXED)
+        ],
         "data": [
             Row(
                 replace(at, kind="data", sizes=((480, 640),) * 8),
@@ -261,8 +265,8 @@ def main(
     A contender runs at the number of threads, one or one per core, that is faster for it with one image.
 
     Args:
-        suite: table, detectors, getter, padding, plans, compiled, engines, data, scaling, import, or a backbone:
-            resnet18, resnet50, resnet101, resnet50-dc5.
+        suite: table, detectors, getter, padding, plans, compiled, engines, folded, data, scaling, import, or a
+            backbone: resnet18, resnet50, resnet101, resnet50-dc5.
         runs: measured runs of every contender, in turns; the median counts.
         processes: in how many processes, one after the other, a contender does its runs.
         device: cpu or cuda.
