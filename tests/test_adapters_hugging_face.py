@@ -67,7 +67,12 @@ CONFIGS = {
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, f"{name.split(maxsplit=1)[0]}ForObjectDetection")(CONFIGS[name]())
+    for key, parameter in model.named_parameters():
+        if "backbone" in key and parameter.dim() == 4:  # some start so small that the images hardly show behind them
+            nn.init.kaiming_normal_(parameter)
     for key, buffer in model.named_buffers():
+        if "backbone" not in key:
+            continue
         if key.endswith(("running_mean", "bias")):  # of frozen BatchNorm: what fresh statistics would not show
             nn.init.normal_(buffer, std=0.1)
         elif key.endswith("weight"):  # timm starts the last one of a block at zero
@@ -197,6 +202,11 @@ def test_levels_that_the_model_cannot_read_are_refused() -> None:
         backbone = Backbone("resnet18", return_layers=layers, train_layers=())
         with pytest.raises(ConfigError, match=rf"`backbone` must have levels.*512\].* got \[{backbone.num_channels}\]"):
             replace_backbone(model_of(name), backbone)
+
+
+def test_a_backbone_is_not_replaced_by_itself() -> None:
+    with pytest.raises(ConfigError, match="`backbone` must be given for a model on a backbone of this package"):
+        replace_backbone(replace_backbone(model_of("Detr native"), padding="zeros"))
 
 
 def test_a_model_without_such_an_encoder_is_refused() -> None:

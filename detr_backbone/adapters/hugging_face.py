@@ -60,6 +60,8 @@ def replace_backbone(model: Model, backbone: BackboneBase | None = None, *, padd
     path, encoder = _encoder_of(model)
     body = f"model.{_TIMM}" if hasattr(encoder.model, _TIMM) else "model"
     if backbone is None:
+        if isinstance(encoder, ConvEncoder):
+            raise ConfigError("`backbone` must be given for a model on a backbone of this package, got none")
         network = encoder.get_submodule(body)
         flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
         try:
