@@ -40,13 +40,20 @@ from detr_backbone.training import (
     train,
 )
 
-_TWO_STAGE = ("two_stage=true",)
+_PUBLISHED = (
+    "two_stage=false",
+    "anchor_size=0.05",
+    "query_selection=published",
+    "dn_number=0",
+    "label_loss=focal",
+)  # whatever the recipe says
+_TWO_STAGE = (*_PUBLISHED, "two_stage=true")
 _ANCHORS = (*_TWO_STAGE, "anchor_size=0.25")
 _MIXED = (*_ANCHORS, "query_selection=mixed")
 _DENOISING = (*_MIXED, "dn_number=30")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "published": (),
-    "mal": ("label_loss=mal",),
+    "published": _PUBLISHED,
+    "mal": (*_PUBLISHED, "label_loss=mal"),
     "two_stage": _TWO_STAGE,
     "anchors": _ANCHORS,
     "anchors_mal": (*_ANCHORS, "label_loss=mal"),

@@ -2,7 +2,7 @@
 
 import sys
 
-from detr_backbone.commands.__main__ import main
+from detr_backbone_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["compare", *sys.argv[1:]]))

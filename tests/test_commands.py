@@ -4,9 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import torch
 
 from detr_backbone.commands.__main__ import COMMANDS
 from detr_backbone.commands.command_line import Command
-from detr_backbone.training.recipes import recipes
 from tests.processes import ROOT, Ended
 from tests.processes import Command as Process
 
@@ -62,6 +58,8 @@ PARTICULAR = {
         "--data.train.subset.count 0",
         "--data.train.images missing",
         "--data.val.annotations tiny.yaml",
+        "--data.val.images ''",
+        "--data.train.images ''",
         "--data.eval_backend numpy",
         "--detector.name yolo",
         "--detector.backbone.name resnet19",
@@ -300,6 +298,14 @@ def test_every_mistake_is_one_line_without_a_traceback(name: str, folder: Path, 
     assert written <= {"predictions.json", "report.json"}  # which say themselves what is missing
 
 
+def test_a_run_without_a_validation_split_needs_no_more_than_to_leave_it_out(command: Run, folder: Path) -> None:
+    words = ("--config", "tiny.yaml", "--data.val.images", "", "--data.val.annotations", "", "--dry_run", "true")
+    ended = command(folder, "train", *words, "--output_dir", "no_validation")
+
+    assert ended.code == 0, ended.err
+    assert "4 images to train on, nothing to evaluate" in ended.out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_fits_a_screen_and_shows_a_command_that_works(
     name: str, command: Run, monkeypatch: pytest.MonkeyPatch
@@ -366,28 +372,15 @@ def test_a_fault_of_the_program_is_not_hidden(command: Run, monkeypatch: pytest.
 
 
 def test_a_console_that_cannot_show_a_name_costs_no_numbers(process: Process, folder: Path) -> None:
-    code = "import sys; from detr_backbone.commands.__main__ import main; sys.exit(main(['train\\xe9']))"
+    code = "import sys; from detr_backbone_cli import main; sys.exit(main(['train\\xe9']))"
     result = process(folder, "-c", code, PYTHONIOENCODING="ascii")
 
     assert result.returncode == 2
     assert "train\\xe9" in result.stderr
 
 
-def test_the_wheel_holds_the_recipes_and_the_entry_point(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", minversion="77")
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("detr_backbone", "configs"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
-    for file in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / file, source / file)
-    code = f"import setuptools.build_meta as build; print(build.build_wheel({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+def test_ctrl_c_while_torch_is_imported_is_one_line(process: Process, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nassert False")
+    result = process(tmp_path, "-c", "from detr_backbone_cli import main; main([])", PYTHONPATH=f"{tmp_path}:{ROOT}")
 
-    assert {f"detr_backbone/configs/{path.name}" for path in recipes().values()} <= names
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "detr_backbone").rglob("*.py")} <= names
-    assert "detr-backbone = detr_backbone.commands.__main__:main" in entry_points
+    assert (result.returncode, result.stderr) == (130, "error: interrupted\n")

@@ -245,9 +245,15 @@ def test_an_image_that_is_padding_only_is_refused(padding: str) -> None:
         small(padding=padding)(batch)
 
 
-def test_a_proposal_for_every_query_needs_a_cell_for_it() -> None:
-    with pytest.raises(ValueError, match=r"`two_stage_num_proposals` must be at most the 4 cells of image 1"):
-        small(with_box_refine=True, two_stage=True)(images((64, 64), (8, 8)))
+def test_an_image_with_fewer_cells_than_queries_is_detected_alone_as_in_a_batch() -> None:
+    model = small(with_box_refine=True, two_stage=True).eval()
+    large, tiny = images((64, 64), (8, 8))
+
+    alone, together = model([tiny]), model([large, tiny])
+
+    for name in ("pred_logits", "pred_boxes"):
+        # the accuracy of every other comparison of a batch with its images, in float32
+        torch.testing.assert_close(alone[name][0], together[name][1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

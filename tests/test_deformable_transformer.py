@@ -210,13 +210,6 @@ def test_padding_competes_where_that_is_asked_for() -> None:
     assert (states.references[0][0] == 1).all(dim=-1).sum() >= Q - 2  # the first image has two cells of its own
 
 
-def test_an_image_with_fewer_cells_than_proposals_is_refused() -> None:
-    batch = levels([(4, 5), (1, 2)], [(2, 3), (1, 1)])
-
-    with pytest.raises(ValueError, match=r"`two_stage_num_proposals` must be at most the 3 cells of image 1 .* got 5"):
-        transformer(two_stage=True)(batch, zero_positions(batch))
-
-
 def test_missing_queries_are_refused() -> None:
     batch = levels([(4, 5)], [(2, 3)])
 

@@ -1,7 +1,9 @@
-"""The package as a user gets it: a wheel with all of its files, whose component needs torch and torchvision alone."""
+"""The package as a user gets it: a wheel with all of its files, each command of which works without a checkout."""
 
 import email
+import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,10 +11,12 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import detr_backbone
+from detr_backbone.commands.__main__ import COMMANDS
 from tests.processes import ROOT
 
 PACKAGE = ROOT / "detr_backbone"
@@ -33,6 +37,42 @@ assert backbone[0].body.layer4[1].conv2.weight.grad.isfinite().all()
 print(detr_backbone.__file__, [tuple(level.tensors.shape) for level in features])
 """
 
+USE_OF_THE_PROGRAM = """
+import runpy, sys
+from detr_backbone.coco.shapes import draw_shapes
+
+program, draw = sys.argv[1], draw_shapes("shapes", train=4, val=3, image_size=64)
+for line in sys.stdin:
+    sys.argv = [program, *line.split()]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0, line
+"""
+"""Runs the installed program, in one process: starting one takes as long as most of these commands."""
+
+TRUTH = "shapes/annotations/instances_val.json"
+SPLITS = " ".join(
+    f"--data.{split}.images shapes/{split} --data.{split}.annotations shapes/annotations/instances_{split}.json"
+    for split in ("train", "val")
+)
+SMALL = (
+    "--optimizer.epochs 1 --data.batch_size 2 --data.num_workers 0 --data.transforms.scales 64 --calibration_images 2"
+)
+COMMAND_LINES = f"""
+train --config shapes --output_dir run {SPLITS} {SMALL}
+evaluate --checkpoint run/checkpoint.pt --output judged --report report --intervals 20
+predict --checkpoint run/checkpoint.pt --images shapes/val --annotations {TRUTH} --output found
+evaluate --detections found/detections.json --annotations {TRUTH} --output again --intervals 0
+compare --annotations {TRUTH} --a judged/detections.json --b found/detections.json --resamples 20
+check-data --images shapes/val --annotations {TRUTH}
+make-subset --annotations {TRUTH} --images shapes/val --count 2 --output two
+inspect --checkpoint run/checkpoint.pt --images shapes/val --limit 1 --output look
+export --help
+convert-data --help
+convert-weights --help
+"""
+
 
 @pytest.fixture(scope="module")
 def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +80,16 @@ def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("source")
     for path in (ROOT / name for name in FOLDERS):
         shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *CONTRIBUTORS_PAGES):
+    for name in (
+        "setup.py",
+        "detr_backbone_cli.py",
+        "setup.cfg",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        *CONTRIBUTORS_PAGES,
+    ):
         shutil.copy(ROOT / name, copy)
     run(copy, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(target)!r})")
     (archive,) = target.iterdir()
@@ -71,8 +120,10 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str, python: Path = Path(sys.executable)) -> str:
-    done = subprocess.run([str(python), "-I", *words], cwd=folder, capture_output=True, text=True, check=False)
+def run(folder: Path, *words: str, python: Path = Path(sys.executable), stdin: str = "") -> str:
+    done = subprocess.run(
+        [str(python), "-I", *words], cwd=folder, input=stdin, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,12 +137,16 @@ def test_the_component_builds_and_learns_without_any_other_library(environment: 
     assert printed.endswith("[(2, 256, 4, 6), (2, 512, 2, 3)]\n")
 
 
-def test_the_program_starts_in_a_new_environment(environment: Path) -> None:
-    printed = run(
-        environment, str(environment / "bin" / "detr-backbone"), "--help", python=environment / "bin" / "python"
-    )
+def test_every_command_works_with_the_wheel_alone(environment: Path, tmp_path: Path) -> None:
+    program, python = environment / "bin" / "detr-backbone", environment / "bin" / "python"
+    lines = COMMAND_LINES.strip()
+    printed = run(tmp_path, "-c", USE_OF_THE_PROGRAM, str(program), python=python, stdin=lines)
 
-    assert printed.startswith("usage: detr-backbone")
+    assert {line.split()[0] for line in lines.splitlines()} == set(COMMANDS)
+    assert printed.count("usage: detr-backbone ") == 3
+    numbers = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("judged", "again")]
+    assert numbers[0]["stats"] == numbers[1]["stats"]  # what is predicted is what is evaluated
+    assert {path.name for path in (tmp_path / "found").glob("*.jpg")} == {f"00000{i}.jpg" for i in (1, 2, 3)}
 
 
 def files_of(folder: Path) -> set[str]:
@@ -103,7 +158,8 @@ def files_of(folder: Path) -> set[str]:
 def test_the_wheel_holds_every_file_of_the_package_the_recipes_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
-    assert packed == files_of(PACKAGE) | {f"detr_backbone/{recipe}" for recipe in files_of(ROOT / "configs")}
+    recipes = {f"detr_backbone/{recipe}" for recipe in files_of(ROOT / "configs")}
+    assert packed == files_of(PACKAGE) | recipes | {"detr_backbone_cli.py"}
 
 
 def test_the_source_distribution_holds_what_the_repository_shows(source_distribution: Path) -> None:
@@ -118,6 +174,38 @@ def test_the_wheel_says_its_version_and_carries_the_licence(wheel: Path) -> None
 
     assert email.message_from_bytes(archive.read(metadata))["Version"] == detr_backbone.__version__
     assert any(name.endswith("/LICENSE") for name in archive.namelist())
+
+
+LINK = re.compile(r"\]\((?!https://|#)")  # that leads nowhere from another site
+
+
+def test_the_page_of_the_wheel_names_files_of_the_source_distribution(wheel: Path, source_distribution: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    message = email.message_from_bytes(archive.read(metadata))
+    page = message.get_payload()
+
+    assert message["Description-Content-Type"] == "text/markdown"
+    assert LINK.search(page) is None
+    named = re.findall(r"`((?:docs|configs|benchmarks)/[^`]+)`", page)
+    assert len(named) > 20
+    assert [name for name in named if not (source_distribution / name).exists()] == []
+
+
+def test_links_of_the_page_are_absolute_once_the_repository_has_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("# Title\n\n![A](docs/a.jpg) [b](docs/b.md) [c](#c) [d](https://d.e)")
+    (tmp_path / "setup.cfg").write_text("[metadata]\nproject_urls =\n    Source = https://host/us/it\n")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("setuptools.setup", lambda **options: asked.append(options))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "setup.py"))
+
+    assert asked[0]["long_description"] == (
+        "# Title\n\n![A](https://host/us/it/raw/HEAD/docs/a.jpg) [b](https://host/us/it/blob/HEAD/docs/b.md) [c](#c) "
+        "[d](https://d.e)"
+    )
 
 
 def test_the_changelog_opens_with_this_version() -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,13 +76,13 @@ def test_files_pictures_and_arrays_give_the_same_detections(predictor: Predictor
     assert all(torch.equal(first.boxes, other.boxes) and torch.equal(first.scores, other.scores) for other in others)
 
 
-def test_boxes_are_in_pixels_of_the_picture_and_within_it(predictor: Predictor) -> None:
+def test_boxes_are_in_pixels_of_the_picture_and_clipped_within_it(predictor: Predictor) -> None:
     (prediction,) = predictor([Image.new("RGB", (300, 200))])
 
     assert prediction.size == (200, 300)
     assert prediction.boxes[:, 2].max() > 64  # the picture's own pixels, not those of the resized one
-    assert prediction.boxes.min() >= 0
-    assert (prediction.boxes.amax(dim=0) <= torch.tensor([300, 200, 300, 200])).all()
+    beyond = replace(prediction, boxes=torch.tensor([[-5.0, 10.0, 310.0, 250.0]]))
+    assert beyond.clipped().boxes.tolist() == [[0, 10, 300, 200]]
 
 
 def test_the_best_come_first_under_the_ids_and_names_of_the_dataset(predictor: Predictor, tiny_run: Path) -> None:
@@ -271,3 +273,14 @@ def test_predictions_can_be_evaluated(command: Run, tiny_run: Path, tmp_path: Pa
     assert predicted.code == 0
     assert {entry["image_id"] for entry in results} == {1, 2, 3}
     assert min(entry["score"] for entry in results) < 0.5  # all of them, whatever the threshold
+    words = ("--detections", str(tmp_path / "detections.json"), "--annotations", truth, "--intervals", "0")
+    evaluated = command(tiny_run, "evaluate", *words)
+    of_the_run = command(tiny_run, "evaluate", "--checkpoint", "run/checkpoint.pt", "--intervals", "0")
+    assert (evaluated.code, of_the_run.code) == (0, 0)
+    assert re.search(r"^AP +[\d.]+$.*", evaluated.out, re.DOTALL | re.MULTILINE)[0] in of_the_run.out
+
+
+def test_another_normalisation_than_that_of_training_is_told(tiny_run: Path) -> None:
+    other = ("--data.transforms.mean", "[0.5, 0.5, 0.5]")
+    with pytest.warns(UserWarning, match=r"otherwise than in training .*key=data.transforms .*mean \[0.5, 0.5, 0.5\]"):
+        load_predictor(tiny_run / "run" / "checkpoint.pt", overrides=other)

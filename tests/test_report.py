@@ -1,5 +1,6 @@
 """A report: a page that needs no network and shows the numbers of its JSON, whatever names and numbers there are."""
 
+import base64
 import csv
 import json
 import re
@@ -94,6 +95,7 @@ def make(folder: Path, *, found: dict[int, Any] | None = None, objects: bool = T
         images=folder / "pictures",
         config="lr: '<1>'",
         intervals=resample_intervals(matches, resamples=20) if intervals else None,
+        training_curves=folder / "pictures" / FILES[7] if objects else None,
     )
     return folder / "report"
 
@@ -217,6 +219,13 @@ def test_intervals_can_be_left_out(tmp_path: Path) -> None:
 
     assert cells[cells.index("AP") + 2] == "-"
     assert "not asked for" in text_of(report, "html")
+
+
+def test_the_curves_of_the_run_are_in_the_page(report: Path, tmp_path: Path) -> None:
+    (source,) = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', text_of(report, "html"))
+
+    assert base64.b64decode(source) == (report.parent / "pictures" / FILES[7]).read_bytes()
+    assert "training" not in text_of(make(tmp_path, objects=False), "html").lower()
 
 
 def test_the_origin_names_command_versions_and_data(report: Path) -> None:

@@ -4,14 +4,13 @@ import contextlib
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
-from detr_backbone.commands.__main__ import COMMANDS
+from detr_backbone.commands.__main__ import COMMANDS, main
 from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
@@ -29,7 +28,7 @@ data:
   val: {images: shapes/val, annotations: shapes/annotations/instances_val.json}
   transforms: {scales: [64], max_size: 64, crop: false, eval_size: 64}
   batch_size: 2
-  num_workers: 1
+  num_workers: 0
 optimizer: {epochs: 1}
 output_dir: run
 """
@@ -45,22 +44,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def training(process: Command, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A run of one epoch in two processes, in bfloat16."""
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPTS / "train.py"))
-    return process(folder, *launch, "--config", "tiny.yaml", "--mixed_precision", "bf16")
-
-
-@pytest.fixture(scope="session")
-def trained(training: subprocess.CompletedProcess[str], folder: Path) -> Path:
-    assert training.returncode == 0, training.stderr
+def trained(folder: Path) -> Path:
+    """The checkpoint of a run of one epoch, in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "--config", "tiny.yaml", "--mixed_precision", "bf16"]) == 0
     return folder / "run" / "checkpoint.pt"
 
 
-def test_two_processes_share_the_images_and_one_of_them_speaks(training: subprocess.CompletedProcess[str]) -> None:
-    assert training.returncode == 0, training.stderr
-    assert training.stdout.count("9 images to train on, 5 images to evaluate, 2 steps per epoch") == 1
-    assert training.stdout.count("images 5 of 5") == 1
+@pytest.mark.sweep
+def test_torchrun_starts_processes_that_share_the_images_and_one_of_them_speaks(process: Command, folder: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPTS / "train.py"))
+    result = process(folder, *launch, "--config", "tiny.yaml", "--mixed_precision", "bf16", "--output_dir", "two")
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("9 images to train on, 5 images to evaluate, 2 steps per epoch") == 1
+    assert result.stdout.count("images 5 of 5") == 1
 
 
 def test_evaluating_a_checkpoint_prints_and_writes_its_numbers(script: Command, trained: Path, folder: Path) -> None:

@@ -62,17 +62,6 @@ def test_the_log_has_a_row_of_finite_losses_for_every_epoch(run: Path) -> None:
     assert all(math.isfinite(float(row[name])) for row in rows for name in ("loss", "loss_ce", "loss_bbox", "AP"))
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_ends(run: Path, shapes: Path, tmp_path: Path) -> None:
-    one_epoch = OptimizerConfig(epochs=1, lr_drop=1)
-    train(tiny(shapes, tmp_path / "run", optimizer=one_epoch))
-    train(tiny(shapes, tmp_path / "run", resume=True))
-
-    unbroken, resumed = load_checkpoint(run / CHECKPOINT), load_checkpoint(tmp_path / "run" / CHECKPOINT)
-    assert resumed.epoch == 2
-    for name, tensor in unbroken.model.items():
-        assert torch.equal(tensor, resumed.model[name]), name
-
-
 def test_a_run_does_not_overwrite_another(run: Path, shapes: Path) -> None:
     with pytest.raises(CheckpointError, match=r"must not overwrite .* fix: --resume true"):
         train(tiny(shapes, run))
@@ -147,7 +136,7 @@ def test_training_and_validation_must_name_their_categories_alike(shapes: Path, 
 def test_images_with_more_boxes_than_queries_are_counted_or_refused(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny(shapes, tmp_path / "run", optimizer=OptimizerConfig(epochs=1))
+    config = tiny(shapes, tmp_path / "run", dry_run=True)
     config = replace(config, detector=replace(config.detector, num_queries=1))
     boxes = open_split(config.data, config.data.train, train=True).boxes_per_image
     crowded = int((boxes > 1).sum())
@@ -268,6 +257,16 @@ def test_a_gradient_is_clipped_to_its_norm_or_not_at_all() -> None:
     assert (model.weight.grad.item(), model.bias.grad.item()) == pytest.approx((0.3, 0.4), rel=1e-5)
 
 
+def test_the_detector_is_compiled_where_the_configuration_says_so(shapes: Path, tmp_path: Path) -> None:
+    compiled: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+        train(tiny(shapes, tmp_path / "run", dry_run=True, compile=True))
+
+    assert compiled == ["DeformableDETR"]
+
+
+@pytest.mark.sweep
 @pytest.mark.no_cover  # which would watch every line of torch's compiler too
 def test_a_compiled_run_has_few_graphs_and_an_evaluation(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

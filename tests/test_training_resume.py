@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import zipfile
 from dataclasses import replace
@@ -14,6 +15,7 @@ from detr_backbone.coco.shapes import draw_shapes
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training import OptimizerConfig, Stopped, load_checkpoint, train
 from detr_backbone.training.run_folder import CHECKPOINT, RunFolder
+from detr_backbone.training.signals import StopSignals
 from tests.tiny_run import StepHook, before_step, differences, launch, raise_at, tiny, twelve_steps
 
 
@@ -34,10 +36,10 @@ def straight(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads
 @pytest.mark.parametrize(("name", "step", "workers"), [("SIGTERM", 4, 0), ("SIGINT", 7, 2), ("SIGHUP", 5, 0)])
-def test_a_signal_loses_no_step(
+def test_a_signal_loses_no_step_of_a_run_that_began_with_resume_auto(
     straight: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, step: int, workers: int
 ) -> None:
-    config = twelve_steps(shapes, tmp_path / "run", checkpoint_every=0)
+    config = twelve_steps(shapes, tmp_path / "run", checkpoint_every=0, resume="auto")
     with pytest.MonkeyPatch.context() as patch:
         before_step(patch, raise_at(step, name))
         with pytest.raises(Stopped) as end:
@@ -48,7 +50,7 @@ def test_a_signal_loses_no_step(
     assert f"stopped by {name} " in end.value.message
     assert f"file={tmp_path / 'run' / CHECKPOINT}" in end.value.message
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT).step == step + 1
-    train(replace(config, resume="auto", data=replace(config.data, num_workers=workers)))
+    train(replace(config, data=replace(config.data, num_workers=workers)))
     assert differences(straight, tmp_path / "run") == []
 
 
@@ -77,7 +79,7 @@ def kill_while_writing(rank: int, step: int) -> StepHook:
     return hook
 
 
-@pytest.mark.parametrize("kill", [kill_at, kill_while_writing])
+@pytest.mark.parametrize("kill", [pytest.param(kill_at, marks=pytest.mark.sweep), kill_while_writing])
 def test_twelve_steps_are_five_a_kill_and_seven(straight: Path, shapes: Path, tmp_path: Path, kill: Any) -> None:
     config = twelve_steps(shapes, tmp_path / "run")
 
@@ -127,14 +129,13 @@ def test_two_processes_stop_together_and_go_on_as_two_or_as_one(shapes: Path, tm
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT).step == 4
     with pytest.raises(CheckpointError, match=r"key=data.batch_size \| got 1 over all processes expected 2 "):
         train(config)
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
     assert launch(None, [config] * 2)[0] == [0, 0]
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
-
-def test_resume_auto_begins_where_there_is_nothing(straight: Path, shapes: Path, tmp_path: Path) -> None:
-    train(twelve_steps(shapes, tmp_path / "run", resume="auto"))
-
-    assert differences(straight, tmp_path / "run") == []
+    train(replace(config, output_dir=str(tmp_path / "one"), data=replace(config.data, batch_size=2)))
+    whole, one = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "one"))
+    assert (one.step, one.schedule) == (whole.step, whole.schedule)  # with the learning rates of two processes
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(
@@ -176,15 +177,14 @@ def test_no_bit_of_a_checkpoint_flips_unseen(straight: Path, tmp_path: Path) -> 
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for_and_the_best(shapes: Path, tmp_path: Path) -> None:
-    config = tiny(shapes, tmp_path / "run", keep_checkpoints=3, optimizer=OptimizerConfig(epochs=4, lr_drop=4))
+    config = tiny(shapes, tmp_path / "run", keep_checkpoints=2, optimizer=OptimizerConfig(epochs=3, lr_drop=3))
     train(config)
 
-    folder = RunFolder(tmp_path / "run", keep=3)
+    folder = RunFolder(tmp_path / "run", keep=2)
     checkpoints = {file.name: load_checkpoint(file) for file in folder.files()}
     assert {name: found.epoch for name, found in checkpoints.items() if "best" not in name} == {
-        "checkpoint.pt": 4,
-        "checkpoint_1.pt": 3,
-        "checkpoint_2.pt": 2,
+        "checkpoint.pt": 3,
+        "checkpoint_1.pt": 2,
     }
     precision = [row["AP"] for row in checkpoints["checkpoint.pt"].rows]
     assert checkpoints["checkpoint_best.pt"].epoch == 1 + precision.index(max(precision))
@@ -206,6 +206,17 @@ def test_a_kill_in_an_evaluation_loses_no_row(shapes: Path, tmp_path: Path) -> N
         ["1", "3"],
         ["2", "6"],
     ]
+
+
+def test_a_signal_that_the_program_was_started_to_ignore_stays_ignored() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "getsignal", {signal.SIGHUP: signal.SIG_IGN}.get)  # as nohup does
+        handled: list[int] = []
+        patch.setattr(signal, "signal", lambda number, _: handled.append(number))
+        with StopSignals(""):
+            pass
+
+    assert set(handled) == {signal.SIGINT, signal.SIGTERM}
 
 
 def interrupt(*_: Any) -> None:

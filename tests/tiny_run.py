@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ def differences(first: Path, second: Path) -> list[str]:
 def launch(
     hook: Callable[..., StepHook] | None, configs: TrainConfig | Sequence[TrainConfig], *hook_args: Any
 ) -> tuple[list[int], str]:
-    """Train in processes of their own, and return their exit codes, negative ones of signals, and what they complained.
+    """Train in processes of their own, and return their exit codes, negative ones of signals, and what they printed.
 
     Where one of several processes failed, those that stand still, or are there after a minute, are killed.
 
@@ -107,13 +108,13 @@ def launch(
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision", "accelerate", "detr_backbone.training", "matplotlib.figure"])
-    with tempfile.NamedTemporaryFile(suffix=".log") as errors:
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
         started = [
-            context.Process(target=_train, args=(rank, len(configs), port, errors.name, hook, hook_args, config))
+            context.Process(target=_train, args=(rank, len(configs), port, log.name, hook, hook_args, config))
             for rank, config in enumerate(configs)
         ]
         _run(started)
-        return [process.exitcode or 0 for process in started], Path(errors.name).read_text(encoding="utf-8")
+        return [process.exitcode or 0 for process in started], Path(log.name).read_text(encoding="utf-8")
 
 
 def _run(started: Sequence[Any]) -> None:
@@ -135,8 +136,10 @@ def _stands_still(pid: int) -> bool:
     return stat.exists() and stat.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] == "T"
 
 
-def _train(rank: int, processes: int, port: int, errors: str, hook: Any, hook_args: Any, config: TrainConfig) -> None:
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
+def _train(rank: int, processes: int, port: int, log: str, hook: Any, hook_args: Any, config: TrainConfig) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     0 is success; 1 a fault of files, data or numbers, or a result that is not complete; 2 a fault of the command line
-    or the configuration; 130 Ctrl-C.
+    or the configuration; 75 a run that a signal stopped, and that goes on with `--resume`; 130 Ctrl-C.
 
     Args:
         words: the command line after the program's name; that of this process if left out.

@@ -32,6 +32,7 @@ from detr_backbone.training import (
     parse_config,
 )
 from detr_backbone.training.exported import open_detector
+from detr_backbone.training.run_folder import CURVES
 from detr_backbone.training.run_paths import find_split
 
 AS_CONFIGURED = SubsetConfig()
@@ -144,10 +145,17 @@ def main(
             images=images,
             config="" if settings is None else yaml.safe_dump(config_to_dict(settings), sort_keys=False),
             intervals=confidence,
+            training_curves=_curves_of(checkpoint),
         )
     print(result.table(confidence))
     if report is not None:
         print(f"report: {page}")
+
+
+def _curves_of(checkpoint: str | None) -> Path | None:
+    """Return the picture that a run left beside its checkpoint, if there is one."""
+    file = Path(checkpoint or "").parent / CURVES
+    return file if checkpoint is not None and file.is_file() else None
 
 
 def _detect(
@@ -178,6 +186,7 @@ def _detect(
     dataset = open_split(settings.data, split, train=False)
     if opened is None:
         print("no checkpoint: this detector is untrained")
+        check_normalisation(settings)
         torch.manual_seed(settings.seed)
         settings = replace(settings, detector=replace(settings.detector, num_classes=dataset.num_classes))
         model: nn.Module = build_detector(settings.detector)
@@ -187,7 +196,6 @@ def _detect(
             raise ConfigError(
                 f"the dataset must have the categories of the checkpoint, {categories}, got {dataset.categories}"
             )
-    check_normalisation(settings)
     exported = isinstance(model, ExportedDetector)
     if opened is not None and not exported:
         fold_for_inference(model, dtype=torch.bfloat16 if settings.mixed_precision == "bf16" else None)

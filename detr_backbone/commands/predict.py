@@ -164,7 +164,7 @@ class _Run:
 
     def write(self, name: str, picture: Image.Image, prediction: Prediction) -> None:
         """Take the detections of a picture down, and draw them."""
-        shown = prediction.above(self.score)
+        shown = prediction.above(self.score).clipped()
         self._images.append({"file_name": name, "width": picture.width, "height": picture.height})
         self._records += prediction_records(shown, name)
         self._empty += not len(shown)

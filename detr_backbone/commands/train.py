@@ -12,8 +12,9 @@ from detr_backbone.training.config_errors import OneLineParser
 def main(config: TrainConfig) -> None:
     """Train a detector on a dataset in COCO format, and evaluate it."""
     for split in ("train", "val"):
+        given = getattr(config.data, split)
         for key in ("images", "annotations"):
-            if not getattr(getattr(config.data, split), key):
+            if not getattr(given, key) and (split == "train" or given.images or given.annotations):
                 raise ConfigError(
                     f"`data.{split}.{key}` must be set | fix: --config NAME, or --data.{split}.{key} PATH"
                 )

@@ -127,7 +127,7 @@ class DeformableDETR(nn.Module):
             `dn_outputs`, such dicts for N noised queries, and in it `groups` and `valid` of `NoisedQueries`.
 
         Raises:
-            ValueError: an image has no valid cell, or fewer cells than there are proposals, or `targets` are missing.
+            ValueError: an image has no valid cell, or `targets` are missing.
         """
         images = as_nested_tensor(images)
         noised = self._noised(targets)

@@ -31,7 +31,6 @@ from detr_backbone.detectors.query_selection import (
     Queries,
     QuerySelection,
     best_boxes,
-    check_candidates,
     propose,
 )
 from detr_backbone.detectors.references import ANCHOR_SIZE, Cells, box_encoding
@@ -163,8 +162,7 @@ class DeformableTransformer(nn.Module):
                 them. Mixed query selection only.
 
         Raises:
-            ValueError: `query_embed` is missing, an image has fewer cells than there are proposals, or `noised` comes
-                without mixed query selection.
+            ValueError: `query_embed` is missing, or `noised` comes without mixed query selection.
         """
         cells = Cells.of(levels)
         src = _in_sequence([level.tensors for level in levels])
@@ -173,7 +171,6 @@ class DeformableTransformer(nn.Module):
 
         proposals = None
         if self.two_stage:
-            check_candidates(levels, self.two_stage_num_proposals, propose_padding=propose_padding)
             proposals = self._propose(memory, cells, propose_padding=propose_padding)
             queries = self._selected_queries(proposals, memory.dtype)
         elif query_embed is not None:

@@ -6,15 +6,14 @@ Sources: "Deformable DETR" (https://arxiv.org/abs/2010.04159), section 4.2 and t
 "DINO" (https://arxiv.org/abs/2203.03605), section 3.4.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_backbone.detectors.precision import outside_autocast
 from detr_backbone.detectors.references import Cells, refine
-from detr_backbone.nested_tensor import NestedTensor
 
 QuerySelection: TypeAlias = Literal["published", "mixed"]
 QUERY_SELECTIONS: tuple[QuerySelection, ...] = ("published", "mixed")
@@ -24,6 +23,8 @@ every layer encodes the position from the box that the layer before refined."""
 
 PADDED_LOGIT = -1e4
 """Logit of a padded cell: below every valid one, without weight in a focal loss, and finite where it is matched."""
+PADDED_BOX = 1.0
+"""Each number of the box of a padded cell, and of one at the edge, as in the original code."""
 
 
 class Proposals(NamedTuple):
@@ -72,12 +73,15 @@ def propose(
     if not propose_padding and cells.mask is not None:
         logits = logits.masked_fill(cells.mask[..., None], PADDED_LOGIT)
     boxes = refine(anchors, outside_autocast(box_head, content))
-    return Proposals(logits, boxes.masked_fill(~usable, 1))
+    return Proposals(logits, boxes.masked_fill(~usable, PADDED_BOX))
 
 
 def best_boxes(proposals: Proposals, count: int, selection: QuerySelection) -> Tensor:
     """Return the boxes [B, count, 4] of the proposals of the highest score, best first, without gradient.
 
+    An image with fewer cells than `count` has the boxes of padded cells for the others, as in a batch that pads it.
+
+    >>> import torch
     >>> logits = torch.tensor([[[0.0, 3.0], [2.0, 1.0], [1.0, 0.0]]])  # three cells, two classes
     >>> proposals = Proposals(logits, torch.tensor([[[0.1] * 4, [0.2] * 4, [0.3] * 4]]))
     >>> best_boxes(proposals, 2, "published")[0, :, 0], best_boxes(proposals, 2, "mixed")[0, :, 0]
@@ -85,23 +89,7 @@ def best_boxes(proposals: Proposals, count: int, selection: QuerySelection) -> T
     """
     # Trained on targets whose labels are all 0, the first logit is the score of any object.
     scores = proposals.logits[..., 0] if selection == "published" else proposals.logits.amax(dim=-1)
+    scores = F.pad(scores, (0, count), value=PADDED_LOGIT)  # whatever the sizes, so that a graph need not know them
+    boxes = F.pad(proposals.boxes, (0, 0, 0, count), value=PADDED_BOX)
     best = scores.topk(count, dim=1).indices
-    return proposals.boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-
-
-def check_candidates(levels: Sequence[NestedTensor], count: int, *, propose_padding: bool) -> None:
-    """Refuse images with fewer cells than `count` proposals; a graph leaves that to topk, as it knows no sizes.
-
-    Raises:
-        ValueError: names the image.
-    """
-    if torch.compiler.is_compiling():
-        return
-    for index in range(len(levels[0])):
-        shapes = [level.tensors.shape[-2:] if propose_padding else level.sizes[index] for level in levels]
-        candidates = sum(h * w for h, w in shapes)
-        if candidates < count:
-            raise ValueError(
-                f"`two_stage_num_proposals` must be at most the {candidates} cells of image {index} of the batch, got "
-                f"{count}; lower it, or enlarge the image"
-            )
+    return boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()

@@ -15,7 +15,7 @@ DETECTIONS = {"pred_logits", "pred_boxes"}
 def smallest_scale(model: nn.Module, *, unit: int, in_channels: int) -> int:
     """Return the least scale of `check_batches` at which the model takes every batch.
 
-    A two-stage detector refuses images with fewer cells than it has proposals.
+    Networks refuse images that are too small for them.
 
     Raises:
         ValueError: the model takes them at no scale.

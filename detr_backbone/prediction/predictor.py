@@ -33,7 +33,8 @@ class Prediction:
     Attributes:
         scores: float32 [M], 0 to 1.
         category_ids: int64 [M], as in the dataset that the detector was trained on.
-        boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels of the picture, clipped to it.
+        boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels of the picture, beyond which they may reach, as in DETR's
+            evaluation; see `clipped`.
         names: of each one's category.
         size: (h, w) of the picture.
     """
@@ -52,6 +53,12 @@ class Prediction:
         count = int((self.scores >= threshold).sum())  # they are sorted
         parts = {key: getattr(self, key)[:count] for key in ("scores", "category_ids", "boxes", "names")}
         return replace(self, **parts)
+
+    def clipped(self) -> "Prediction":
+        """Return the detections with boxes that end at the edges of the picture."""
+        height, width = self.size
+        edges = torch.tensor([width, height, width, height], dtype=self.boxes.dtype)
+        return replace(self, boxes=self.boxes.clamp(min=0).minimum(edges))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +108,10 @@ class Predictor:
     def _prediction(self, detections: Mapping[str, Tensor], size: Size) -> Prediction:
         order = detections["scores"].argsort(descending=True, stable=True)
         scores, labels, boxes = (detections[key][order].cpu() for key in ("scores", "labels", "boxes"))
-        height, width = size
         return Prediction(
             scores=scores,
             category_ids=labels,
-            boxes=boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height], dtype=boxes.dtype)),
+            boxes=boxes,
             names=tuple(self.categories[label] for label in labels.tolist()),
             size=size,
         )

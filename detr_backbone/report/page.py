@@ -1,5 +1,6 @@
 """The HTML page: the template `page.html` filled with the numbers of `summarise`."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -15,12 +16,15 @@ _MOST_CELLS = 20  # classes of a confusion matrix that can be read
 _LINES = {"0.50": "IoU 0.50", "0.75": "IoU 0.75", "0.50:0.95": "mean"}
 
 
-def render(summary: Summary, drawings: Sequence[tuple[str, Sequence[tuple[Summary, str]]]]) -> str:
+def render(
+    summary: Summary, drawings: Sequence[tuple[str, Sequence[tuple[Summary, str]]]], *, training_curves: bytes = b""
+) -> str:
     """Return the page as HTML.
 
     Args:
         summary: all numbers.
         drawings: headings, and under each the ranking's entries of some images, with their SVG.
+        training_curves: of the run, a PNG file; left out, the page has no such section.
     """
     template = files("detr_backbone.report").joinpath("page.html").read_text(encoding="utf-8")
     point, config = summary["operating_point"], summary["config"]
@@ -38,10 +42,22 @@ def render(summary: Summary, drawings: Sequence[tuple[str, Sequence[tuple[Summar
         **_mistakes(summary),
         **_confusion(summary),
         **_calibration(summary),
+        training=_training(training_curves),
+        training_link='<a href="#training">Training</a>' if training_curves else "",
         images="".join(f"<h3>{heading}</h3>{_figures(shown)}" for heading, shown in drawings if shown) or "<p>-</p>",
         origin="".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in summary["origin"].items()),
         config=f"<h3>Configuration</h3><pre>{escape(config)}</pre>" if config else "",
     )
+
+
+def _training(curves: bytes) -> str:
+    if not curves:
+        return ""
+    picture = f'<img alt="losses and AP over epochs" src="data:image/png;base64,{b64encode(curves).decode()}">'
+    words = (
+        "<p>Losses of the training images and AP of the validation split, as the run wrote them after every epoch.</p>"
+    )
+    return f'\n<section id="training"><h2>Training</h2>\n{words}\n{picture}\n</section>\n'
 
 
 def _counts(summary: Summary) -> str:

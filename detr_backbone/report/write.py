@@ -28,6 +28,7 @@ def write_report(
     images: Path | str | None = None,
     config: str = "",
     intervals: Intervals | None = None,
+    training_curves: Path | str | None = None,
 ) -> Path:
     """Write report.html, report.md, report.json and report.csv, and return the page's path.
 
@@ -39,6 +40,7 @@ def write_report(
         images: the folder of the image files; without it the page shows none.
         config: of the detector, as text.
         intervals: of the numbers.
+        training_curves: the picture of the run's losses and AP, a PNG file, which the page then holds.
     """
     all_mistakes = mistakes(matches)
     summary = summarise(matches, all_mistakes, title=title, origin=origin, config=config, intervals=intervals)
@@ -59,7 +61,8 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
-    page.write_text(render(summary, drawings), encoding="utf-8")
+    curves = b"" if training_curves is None else Path(training_curves).read_bytes()
+    page.write_text(render(summary, drawings, training_curves=curves), encoding="utf-8")
     (folder / "report.md").write_text(markdown(summary), encoding="utf-8")
     (folder / "report.csv").write_text(class_table(summary), encoding="utf-8", newline="")
     (folder / "report.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     *("resume", "output_dir", "eval_every", "optimizer.epochs", "early_stopping", "data.num_workers", "data.timeout"),
     *("data.train.images", "data.train.annotations", "data.val.images", "data.val.annotations", "data.eval_backend"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "trackers", "log_every", "collective_timeout"),
+    "strategy",
     *("data.batch_size", "optimizer.accumulate_steps"),  # as long as their product with the processes stays
     *("dry_run", "overfit", "replay"),
 )

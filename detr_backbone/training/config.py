@@ -39,6 +39,8 @@ class TrainConfig:
         data: the data.
         optimizer: the optimiser.
         mixed_precision: "bf16" computes the detector under autocast.
+        strategy: how several processes train one detector: ddp, each holds all of it; fsdp (FSDP2), each holds a part
+            of every parameter, gradient and moment of the optimiser, for detectors that one device cannot hold.
         compile: compile the detector with torch.compile: minutes at the start, less time for every step after.
         calibration_images: training images from which a backbone without pretrained weights takes its frozen BatchNorm
             statistics before the first step; 0 leaves them at (0, 1).
@@ -66,6 +68,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixed_precision: Literal["no", "bf16"] = "no"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     calibration_images: int = 256
     ema_decay: float = 0.0
@@ -92,6 +95,9 @@ class TrainConfig:
                 raise ConfigError(f"`{key}` must be at least {bound}, got {getattr(self, key)}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}")
+        if self.strategy == "fsdp" and (self.ema_decay or self.compile):
+            key = "ema_decay" if self.ema_decay else "compile"
+            raise ConfigError(f"`{key}` must be left out with `strategy` fsdp, got {getattr(self, key)}")
         if self.seed > MAX_SEED:
             raise ConfigError(f"`seed` must be at most {MAX_SEED}, got {self.seed}")
         if self.detector.backbone.in_channels != 3:

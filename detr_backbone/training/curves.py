@@ -25,7 +25,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
             axes.plot(*points, label=name, marker="o" if len(drawn) < 50 else None, markersize=3)
         axes.set_xlabel("epoch")
         axes.set_title(title)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 102 if title.startswith("AP") else None)
         axes.set_xlim(0.5, rows[-1]["epoch"] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +27,10 @@ def describe_run(run: Run) -> str:
     seconds = time.monotonic() - start
     images, _ = batches[0]
     with torch.no_grad():
-        learner.model.eval()
-        levels = learner.model.backbone[0](images.to(device))
+        detector: Any = learner.evaluated().eval()
+        levels = detector.backbone[0](images.to(device))
         strides = [round(images.tensors.shape[-1] / level.tensors.shape[-1]) for level in levels.values()]
-        run.postprocess(learner.model(images.to(device)), torch.tensor(images.sizes, device=device))
+        run.postprocess(detector(images.to(device)), torch.tensor(images.sizes, device=device))
     lines = [
         f"images     {list(images.tensors.shape)}, {run.images_per_step} per step",
         *(

@@ -15,7 +15,7 @@ from detr_backbone.training.overfit import overfit_config, overfit_verdict
 from detr_backbone.training.progress import Means, write_rows
 from detr_backbone.training.ranks import Ranks
 from detr_backbone.training.run import Run
-from detr_backbone.training.run_folder import RunFolder
+from detr_backbone.training.run_folder import CURVES, RunFolder
 from detr_backbone.training.signals import Stopped, StopSignals
 from detr_backbone.training.trackers import require_trackers, start_trackers, track
 
@@ -91,7 +91,7 @@ def run_to_the_end(run: Run) -> CocoResult | None:
             with signals.at_once():
                 run.evaluate(run.val_set)
     if is_main and run.rows:
-        draw_curves(run.rows, folder.path / "curves.png")
+        draw_curves(run.rows, folder.path / CURVES)
     if run.result is not None:
         run.log.say(str(run.result))
     if config.overfit:

@@ -34,6 +34,7 @@ from detr_backbone.training.config import TrainConfig, config_from_dict, config_
 from detr_backbone.training.data import DataConfig
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import detector_of, evaluate
+from detr_backbone.training.normalisation import check_normalisation
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def open_detector(
 ) -> tuple[nn.Module, TrainConfig, Mapping[int, str]]:
     """Return a trained detector, its configuration, and category id -> name in the order of the labels.
 
+    Warns where pictures would be normalised otherwise than in training, or in the pretraining of the backbone.
+
     Args:
         path: a checkpoint of a run; a file of `export_checkpoint`, which its ending tells; or a published detector, as
             `read_detector` takes it: a file of DETR, Deformable DETR or transformers, or a name such as detr_r50.
@@ -91,12 +94,18 @@ def open_detector(
         if not is_published(path):
             loaded = load_checkpoint(path)
             model, config = detector_of(loaded, overrides=overrides)
+            check_normalisation(config, trained=config_from_dict(loaded.config))
             return model, config, loaded.categories
         opened = open_published_detector(str(path))
         logger.info("%s", opened.report)
-        return opened.model, _changed(_config_of(opened), overrides, path), opened.categories
+        published = _config_of(opened)
+        config = _changed(published, overrides, path)
+        check_normalisation(config, trained=published)
+        return opened.model, config, opened.categories
     detector, exported = open_exported_detector(path, engine=engine, threads=threads, precision=precision)
-    return detector, _changed(exported, overrides, path), detector.metadata.categories
+    config = _changed(exported, overrides, path)
+    check_normalisation(config, trained=exported)
+    return detector, config, detector.metadata.categories
 
 
 def _config_of(opened: OpenedDetector) -> TrainConfig:

@@ -86,7 +86,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
             part, decay = f"{part}, no decay", 0.0
         groups.setdefault(part, {"lr": rate, "name": part, "weight_decay": decay})
         members.setdefault(part, []).append(parameter)
-    return AdamW([{"params": members[part], **options} for part, options in groups.items()])
+    return AdamW([{"params": members[part], **options} for part, options in groups.items()], fused=True)
 
 
 def layers_from_the_top(names: Iterable[str]) -> dict[str, int]:

@@ -113,10 +113,13 @@ class Run:
         half_way = (
             bool(self.config.overfit) and self.step < self.total_steps
         )  # of no use, and an epoch is a step or two
-        if half_way or not self.accelerator.is_main_process:
+        if half_way:
+            return
+        state = self.learner.state()
+        if not self.accelerator.is_main_process:
             return
         checkpoint = Checkpoint(
-            **self.learner.state(),
+            **state,
             step=self.step,
             epoch=self.step // self.steps_per_epoch,
             images_per_step=self.images_per_step,
@@ -142,7 +145,7 @@ class Run:
     def evaluate(self, dataset: CocoDetection) -> CocoResult:
         """Evaluate the detector as it is, and keep the result and the score of the best F1."""
         self.result, evaluator = evaluate(
-            self.learner.evaluated, self.postprocess, dataset, self.config.data, self.accelerator
+            self.learner.evaluated(), self.postprocess, dataset, self.config.data, self.accelerator
         )
         self._threshold = operating_point(evaluator.matches()).score
         return self.result
@@ -218,7 +221,7 @@ def load_previous(folder: RunFolder, config: TrainConfig) -> tuple[Checkpoint | 
 def identify(config: TrainConfig, data: Mapping[str, str], previous: Checkpoint | None) -> dict[str, str]:
     """Return what all processes of a run must have in common: settings, data, and the step to go on from."""
     settings = {key: value for key, value in flat(config_to_dict(config)) if key not in MAY_CHANGE}
-    settings["data.batch_size"] = config.data.batch_size
+    settings |= {"data.batch_size": config.data.batch_size, "strategy": config.strategy}
     settings["optimizer"] = config_to_dict(config)["optimizer"]
     return {
         "config": json.dumps(settings, sort_keys=True),

@@ -27,6 +27,7 @@ class Stopped(SystemExit):
 class StopSignals:
     """The signals that stop a run, while its context lasts. The second of them ends the program at once, as always.
 
+    One that the program was started to ignore, as SIGHUP under `nohup`, stays ignored.
     Between steps the run asks `name`; in `at_once`, where there is nothing to save, a signal raises `Stopped` itself.
     Outside of the main thread, where Python handles no signals, nothing is caught.
 
@@ -43,7 +44,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in _numbers():
-                self._before[number] = signal.signal(number, self._receive)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from detr_backbone.coco.dataset import Target
-from detr_backbone.detectors import DETR, DeformableDETR, build_criterion
+from detr_backbone.detectors import DETR, DeformableDETR, build_criterion, build_detector
 from detr_backbone.errors import NumericsError
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.average import WeightAverage
 from detr_backbone.training.config import TrainConfig, config_to_dict
 from detr_backbone.training.data import Batch
 from detr_backbone.training.finite import FailedBatch, first_module_without_finite_output, plain_targets
+from detr_backbone.training.inference import without_pretrained
 from detr_backbone.training.machine_faults import explain_memory
 from detr_backbone.training.optimizer import build_optimizer, build_schedule, clip_gradient
 from detr_backbone.training.sampler import seed_step
+from detr_backbone.training.sharding import gather, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +39,7 @@ class Learner:
         model: the detector itself, under the published keys.
         optimizer, schedule: of the detector.
         average: the averaged detector, where `ema_decay` asks for one.
+        is_sharded: whether processes share the detector's tensors (FSDP) instead of holding it whole (DDP).
     """
 
     def __init__(
@@ -54,10 +57,14 @@ class Learner:
         self.average: WeightAverage | None = None
         self._criterion = build_criterion(config.detector).to(accelerator.device)
         self._config, self._accelerator, self._folder = config, accelerator, folder
+        self.is_sharded = config.strategy == "fsdp" and accelerator.num_processes > 1
 
-    @property
     def evaluated(self) -> nn.Module:
-        """The detector that is evaluated: the average where there is one."""
+        """Return the detector that is evaluated: the average where there is one; of a sharded one, a whole copy."""
+        if self.is_sharded:  # all processes gather together, and then pass different numbers of batches
+            whole = build_detector(without_pretrained(self._config.detector)).to(self._accelerator.device)
+            whole.load_state_dict(gather(self.model.state_dict()))
+            return whole
         return self.model if self.average is None else self.average.module
 
     def prepare(self, *, step: int, average: Mapping[str, Tensor] | None = None) -> None:
@@ -68,7 +75,9 @@ class Learner:
             average: the state of the average after them.
         """
         # Accelerate wraps the model for autocast and DDP; the loader stays ours, so that a resumed run repeats it.
-        self._prepared = self._accelerator.prepare(self.model)
+        self._prepared = self._accelerator.prepare_model(self.model, evaluation_mode=self.is_sharded)
+        if self.is_sharded:
+            shard(self.model, self.optimizer)
         if self._config.ema_decay:
             self.average = WeightAverage(self.model, self._config.ema_decay, steps=step)
             if average is not None:
@@ -82,11 +91,14 @@ class Learner:
         return weights * (2 if self._config.ema_decay else 1) + moments
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the detector and of what changes it."""
+        """Return what a checkpoint holds of the detector and of what changes it; all processes call it together."""
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        if self.is_sharded:
+            model, optimizer = gather(model), gather(optimizer)
         return {
-            "model": self.model.state_dict(),
+            "model": model,
             "average": None if self.average is None else self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
         }
 
@@ -132,6 +144,8 @@ class Learner:
                 losses = self._criterion(self._prepared(moved, targets), targets)
                 losses["loss"] = self._criterion.weighted_sum(losses)
             except NumericsError as error:
+                if self.is_sharded:  # the other processes are past this forward, and gather nothing more for it
+                    raise self._explained(error, step, [targets], "", "train with strategy ddp to see more") from error
                 file = self._save(images, targets, step, index)
                 seed_step(*seeds)
                 module = first_module_without_finite_output(self.model, moved, targets)
