@@ -48,6 +48,7 @@ def test_a_file_that_hangs_or_misleads_is_one_error_within_a_second(
 
 
 ARGUMENTS = [
+    (["--optimizer.lr", "null"], ["`optimizer.lr`", "got null"]),
     (["--seed", "010"], ["key=seed", "got 010"]),
     (["--seed=1:30"], ["key=seed", "got 1:30"]),
     (["--seed", "4294967296"], ["`seed`", "4294967295"]),

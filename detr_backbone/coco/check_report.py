@@ -105,10 +105,12 @@ class DataReport:
             done = _DONE.get(self.policies.action(one.kind), "")
             severity = self.severity(one.kind)
             lines.append(f"{severity:8} {split.name:6} {one.count:7}  {one.kind}: {kind.what}{done}")
-            lines += [
-                indent + example.detail.removeprefix(f"file={split.annotations} ") for example in one.examples[:_SHOWN]
-            ]
-            lines += [f"{indent}... {one.count - _SHOWN} more"] if one.count > _SHOWN < len(one.examples) else []
+            # of files that are missing, every example tells of all
+            details = dict.fromkeys(
+                example.detail.removeprefix(f"file={split.annotations} ") for example in one.examples
+            )
+            lines += [indent + detail for detail in list(details)[:_SHOWN]]
+            lines += [f"{indent}... {one.count - _SHOWN} more"] if one.count > _SHOWN < len(details) else []
             lines += [f"{indent}fix: {fix}"] if (fix := self._fix(one.kind)) else []
         counts = [(self.count(severity), severity) for severity in _SEVERITIES]
         sums = ", ".join(f"{severity}s of {number} kinds" for number, severity in counts)

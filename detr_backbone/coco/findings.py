@@ -93,7 +93,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "file_missing": Kind(
         what="image files are missing",
-        fix="check the folder; if names nearly match, check_data.py --rename writes a corrected annotation file",
+        fix="check the folder; if names nearly match, check-data --rename writes a corrected annotation file",
         error=DataError,
     ),
     "duplicate_file": Kind(what="images share a file", fix="merge their annotations", severity="warning"),

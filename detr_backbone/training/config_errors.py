@@ -156,7 +156,8 @@ class OneLineParser(ArgumentParser):
             key, reason = bad[1], bad[2]
             given = re.search(r"(?:Got value:|Given value:|Unable to load config) '?(.*?)'?\s*$", reason, re.MULTILINE)
             if key in self.keys and given and not reason.startswith("File does not exist"):
-                text = f"`{key}` must be {expected(self.keys[key])}, got {given[1]!r}{self._where(key)}"
+                got = "null" if given[1] == "None" else repr(given[1])
+                text = f"`{key}` must be {expected(self.keys[key])}, got {got}{self._where(key)}"
                 is_text = re.fullmatch(r"[\w.]+", given[1]) and "a list of text" in text
                 return text + (f" | fix: {key}: [{given[1]}]" if is_text else "")
             return f"{' '.join(reason.split())} | where: key={key}"
