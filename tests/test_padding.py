@@ -251,9 +251,9 @@ def test_training_on_a_padded_batch_runs_where_frozen_features_have_several_read
 def test_exact_padding_keeps_the_memory_format_in_training() -> None:
     backbone = Backbone("resnet18", return_interm_layers=True).train()
     seen = []
-    for convolution in (backbone.body["layer1"][0].conv2, backbone.body["layer3"][1].conv1):
+    for convolution in (backbone.body["layer1"][0].conv2, backbone.body["layer1"][1].conv1):  # of many cells
         convolution.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    levels = backbone([torch.randn(3, 64, 96), torch.randn(3, 50, 40)])
+    levels = backbone([torch.randn(3, 128, 96), torch.randn(3, 110, 90)])
 
     maps = [*seen, *(level.tensors for level in levels.values())]
     assert len(maps) == 6
