@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detr_backbone import Backbone
+from detr_backbone import Backbone, FrozenBatchNorm2d
 from detr_backbone.adapters.hugging_face import ConvEncoder, replace_backbone
 from detr_backbone.errors import ConfigError
 from tests.processes import ROOT
@@ -125,6 +125,13 @@ def test_names_order_and_what_trains_are_those_of_their_own_backbone(models: tup
     assert list(ours.state_dict()) == list(theirs.state_dict())
     flags = [{key: p.requires_grad for key, p in model.named_parameters()} for model in models]
     assert list(flags[0].items()) == list(flags[1].items())
+
+
+def test_norms_are_those_that_our_backbone_folds(models: tuple[Any, Any]) -> None:
+    norms = [module for module in models[1].model.backbone.modules() if "FrozenBatchNorm" in type(module).__name__]
+
+    assert len(norms) >= 10
+    assert all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 
 
 @torch.no_grad()

@@ -237,6 +237,16 @@ def test_a_copy_runs_weights_of_its_own(wrap: Callable[[BackboneBase], Adapter],
     torch.testing.assert_close(outputs(adapter), expected, rtol=0, atol=0)
 
 
+def test_a_copy_of_a_traced_network_is_one_with_its_backbone() -> None:
+    adapter = ListBackbone("mobilenet_v2", None, None, None)
+    assert adapter.backbone.body.strategy == "graph"  # whose copies are built anew
+    twin = copy.deepcopy(adapter)
+    fold_for_inference(twin.backbone)
+
+    assert not any("running_mean" in key for key in twin.state_dict())
+    assert any("running_mean" in key for key in adapter.state_dict())
+
+
 def test_another_dtype_reaches_all_that_runs(wrap: Callable[[BackboneBase], Adapter]) -> None:
     adapter = wrap(base())
     expected = outputs(adapter)
