@@ -18,7 +18,7 @@ from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_o
 from detr_backbone.training.data import DataConfig
 from detr_backbone.training.optimizer import OptimizerConfig
 from detr_backbone.training.recipes import find_recipe
-from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misread_arguments, refuse_misleading_values
+from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misleading_values, refuse_misread_arguments
 
 YAML = "yaml_text"  # the name under which jsonargparse knows `load_yaml`
 MAX_INTEGER = 2**31 - 1
