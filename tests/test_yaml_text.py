@@ -7,7 +7,7 @@ import pytest
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.training import parse_config
-from detr_backbone.training.yaml_text import MAX_CHARACTERS, refuse_misleading_values
+from detr_backbone.training.yaml_text import MAX_CHARACTERS, refuse_misleading
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
 FILES = [
@@ -83,7 +83,7 @@ def test_a_file_that_an_option_names_is_read_as_carefully(tmp_path: Path, capsys
     "text", ["seed: '010'", "x: 1e-4", "x: 0.5", "x: 0", "x: -10", "x: a:30", "x: [1, 2.0]", ": :"]
 )
 def test_plain_numbers_and_quoted_texts_pass(text: str) -> None:
-    refuse_misleading_values(text)
+    refuse_misleading(text)
 
 
 def test_the_largest_seed_is_taken() -> None:
@@ -92,4 +92,4 @@ def test_the_largest_seed_is_taken() -> None:
 
 def test_an_error_names_the_file_and_the_line() -> None:
     with pytest.raises(ConfigError, match=r"file=a\.yaml line=2 \| got 07"):
-        refuse_misleading_values("seed: 1\nx: 07", source="a.yaml")
+        refuse_misleading("seed: 1\nx: 07", source="a.yaml")

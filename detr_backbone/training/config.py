@@ -18,7 +18,7 @@ from detr_backbone.training.config_errors import OneLineParser, keys_of, lines_o
 from detr_backbone.training.data import DataConfig
 from detr_backbone.training.optimizer import OptimizerConfig
 from detr_backbone.training.recipes import find_recipe
-from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misleading_values, refuse_misread_arguments
+from detr_backbone.training.yaml_text import load_yaml, read_text, refuse_misleading, refuse_misread_arguments
 
 YAML = "yaml_text"  # the name under which jsonargparse knows `load_yaml`
 MAX_INTEGER = 2**31 - 1
@@ -113,7 +113,7 @@ class _YamlFile(ActionConfigFile):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
             path = find_recipe(str(values))
-            refuse_misleading_values(read_text(path), source=str(path))
+            refuse_misleading(read_text(path), source=str(path))
             parser.lines |= {key: (path, line) for key, line in lines_of(path, parser.keys).items()}
             refuse_duplicate_keys(path)
         except ConfigError as error:

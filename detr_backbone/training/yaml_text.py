@@ -16,10 +16,10 @@ _MANY_DIGITS = re.compile(r"[-+]?[0-9_]{20,}")
 
 
 def load_yaml(text: str) -> Any:
-    """Return what a YAML text holds, as jsonargparse reads it, once `refuse_misleading_values` has nothing against it."""
+    """Return what a YAML text holds, as jsonargparse reads it, once `refuse_misleading` has nothing against it."""
     from jsonargparse import get_loader
 
-    refuse_misleading_values(text)
+    refuse_misleading(text)
     return get_loader("yaml")(text)
 
 
@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"configuration must be UTF-8 text | where: file={path} | got {error.reason}") from error
 
 
-def refuse_misleading_values(text: str, *, source: str = "") -> None:
+def refuse_misleading(text: str, *, source: str = "") -> None:
     """Refuse a YAML text that is read as something else than it seems, or that takes for ever to read.
 
     Anchors may refer to themselves, or expand to more than any memory holds; YAML 1.1 reads 010 as 8 and 1:30 as 90. A
