@@ -238,7 +238,7 @@ def test_a_copy_runs_weights_of_its_own(wrap: Callable[[BackboneBase], Adapter],
 
 
 def test_a_copy_of_a_traced_network_is_one_with_its_backbone() -> None:
-    adapter = ListBackbone("mobilenet_v2", None, None, None)
+    adapter = ListBackbone("resnet18", None, ["layer1.0"], ["layer1"])
     assert adapter.backbone.body.strategy == "graph"  # whose copies are built anew
     twin = copy.deepcopy(adapter)
     fold_for_inference(twin.backbone)
