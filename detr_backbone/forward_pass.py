@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -97,8 +97,8 @@ class Pass:
         fuses: whether convolutions that are fused for inference run together with the sums and ReLUs behind them.
     """
 
-    padded: NestedTensor | None
-    norms: Mapping[str, "FoldedNorm"]
+    padded: NestedTensor | None = None
+    norms: Mapping[str, "FoldedNorm"] = field(default_factory=dict)
     fuses: bool = False
 
 

@@ -1,6 +1,7 @@
 """Feature levels of a network with their masks: what every backbone of a detector is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn, Self
 
@@ -128,14 +129,14 @@ class BackboneBase(nn.Module):
         """
         batch = as_nested_tensor(images, sizes)
         self._refuse_other_input(batch)
-        norms = self._norms_to_fold()
+        state = self._state_of_pass()
         if self.padding == "zeros" or not batch.is_padded:
-            return self._run(batch, norms)
+            return self._run(batch, state)
         from detr_backbone.padding.by_size import is_faster_by_size  # it loads torch's compiler
 
-        if self.batching == "by_size" or norms is None or is_faster_by_size(batch, self.body):
-            return self._run_by_size(batch, norms)
-        return self._run(batch, norms)
+        if self.batching == "by_size" or state is None or is_faster_by_size(batch, self.body):
+            return self._run_by_size(batch, state)
+        return self._run(batch, state)
 
     def forward_by_size(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
         """Return what `forward` does, from a pass for each size of image: exact for every network.
@@ -143,7 +144,7 @@ class BackboneBase(nn.Module):
         Raises:
             ConfigError: the network is sharded layer by layer, so that all processes must make the same passes.
         """
-        return self._run_by_size(as_nested_tensor(images, sizes), self._norms_to_fold())
+        return self._run_by_size(as_nested_tensor(images, sizes), self._state_of_pass())
 
     def forward_whole_batch(
         self, images: Images, sizes: Sequence[Size] | None = None, *, folds: bool = True
@@ -155,7 +156,7 @@ class BackboneBase(nn.Module):
             sizes: see `forward`.
             folds: let convolutions do the work of the frozen BatchNorms behind them.
         """
-        return self._run(as_nested_tensor(images, sizes), self._norms_to_fold() if folds else None)
+        return self._run(as_nested_tensor(images, sizes), self._state_of_pass() if folds else None)
 
     def pad(self, images: Images) -> NestedTensor:
         """Return the batch that runs through the network: with sides that `size_divisor` divides."""
@@ -228,13 +229,12 @@ class BackboneBase(nn.Module):
             self.strides, self.channels = self.pyramid.strides, self.pyramid.channels
             self.num_channels = self.channels[-1]
 
-    def _run(self, images: NestedTensor, norms: Mapping[str, FrozenBatchNorm2d] | None) -> dict[str, NestedTensor]:
-        """Return the levels from one pass, in which convolutions fold these norms."""
+    def _run(self, images: NestedTensor, state: Pass | None) -> dict[str, NestedTensor]:
+        """Return the levels from one pass in this state; None lets every layer do its own work alone."""
         batch = self.pad(images)
         padded = batch if self._zeroes_padding and batch.is_padded else None
         memory_format = torch.channels_last if self._channels_last else torch.preserve_format
-        folded = scale_and_shift_together(norms or {})
-        with self._passes.set(Pass(padded=padded, norms=folded, fuses=norms is not None and self._fuses())):
+        with self._passes.set(replace(state or Pass(), padded=padded)):
             outputs = self.body(batch.tensors.to(memory_format=memory_format))
         levels = {}
         for (name, output), layout in zip(outputs.items(), self._layouts, strict=True):
@@ -245,9 +245,7 @@ class BackboneBase(nn.Module):
             levels[name] = feature_level(cells, images, stride=layout.stride, padding=self.padding)
         return levels if self.pyramid is None else self.pyramid(levels, images)
 
-    def _run_by_size(
-        self, images: NestedTensor, norms: Mapping[str, FrozenBatchNorm2d] | None
-    ) -> dict[str, NestedTensor]:
+    def _run_by_size(self, images: NestedTensor, state: Pass | None) -> dict[str, NestedTensor]:
         from detr_backbone.padding.by_size import is_sharded, run_by_size
 
         if is_sharded(self.body):
@@ -255,7 +253,7 @@ class BackboneBase(nn.Module):
                 "a network that runs images by size must not be sharded layer by layer, since processes would make "
                 'different passes; shard the detector around it, or give `padding="zeros"`'
             )
-        return run_by_size(partial(self._run, norms=norms), images, self.strides, self.size_divisor)
+        return run_by_size(partial(self._run, state=state), images, self.strides, self.size_divisor)
 
     def _refuse_other_input(self, images: NestedTensor) -> None:
         """Compare images with the first convolution, if what took the images when this was built still does."""
@@ -268,6 +266,11 @@ class BackboneBase(nn.Module):
         structure, norms = structure_of(self.body, self._passes)
         is_building = self._structure is None
         return norms if is_building or structure == self._structure or torch.compiler.is_compiling() else None
+
+    def _state_of_pass(self) -> Pass | None:
+        """Return the state of a pass but for its padding; None if the network was changed."""
+        norms = self._norms_to_fold()
+        return None if norms is None else Pass(norms=scale_and_shift_together(norms), fuses=self._fuses())
 
     def _fuses(self) -> bool:
         """Return whether convolutions do the work of sums and ReLUs; hooks shall see what each layer does by itself."""
