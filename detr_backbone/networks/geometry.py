@@ -93,11 +93,12 @@ def _with_gradients_in_its_format(maps: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or not maps.requires_grad:
         return maps
-    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    maps = maps.view_as(maps)  # a hook on the output itself would see the sum
-    register: Any = maps.register_hook
-    register(partial(Tensor.contiguous, memory_format=memory_format))
+    known = (torch.contiguous_format, torch.channels_last)
+    formats = [one for one in known if maps.is_contiguous(memory_format=one)]
+    if len(formats) == 1:  # none for tokens behind others, both for a single cell
+        maps = maps.view_as(maps)  # a hook on the output itself would see the sum
+        register: Any = maps.register_hook
+        register(partial(Tensor.contiguous, memory_format=formats[0]))
     return maps
 
 
