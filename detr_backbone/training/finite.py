@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detr_backbone.coco.dataset import Target
 from detr_backbone.detectors import build_criterion, build_detector
 from detr_backbone.errors import CheckpointError, NumericsError
+from detr_backbone.forward_pass import hooked
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.config import config_from_dict
 from detr_backbone.training.devices import build_accelerator
@@ -56,20 +57,12 @@ def first_module_without_finite_output(
     """
     first: list[str] = []
 
-    def look(name: str, output: Any) -> None:
+    def look(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if not first and not all(tensor.isfinite().all() for tensor in _tensors(output)):
-            first.append(name)
+            first.append(path)
 
-    def watch(name: str) -> Any:
-        return lambda _module, _inputs, output: look(name, output)
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            model(images, targets)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked({path: module for path, module in model.named_modules() if path}, after=look):
+        model(images, targets)
     return first[0] if first else ""
 
 
