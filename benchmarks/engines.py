@@ -37,19 +37,17 @@ def engine(case: Case, precision: str, *, name: EngineName) -> Run:
     """Return a run of our exported file, with as many threads as torch has here."""
     path = _file(case, int8=precision == "int8") if name == "openvino" else _file(case, ending=".onnx")
     computes: EnginePrecision = "bf16" if precision == "bf16" else "float32"
-    loaded = cast(nn.Module, load_exported(path, engine=name, threads=torch.get_num_threads(), precision=computes))
-    images = case.batch()
-
-    def run() -> None:
-        with torch.inference_mode():
-            loaded(images)
-
-    return run
+    loaded = load_exported(path, engine=name, threads=torch.get_num_threads(), precision=computes)
+    return _inference(cast(nn.Module, loaded), case)
 
 
 def folded(case: Case, precision: str) -> Run:
     """Return a run of ours in PyTorch, folded for inference in the precision."""
     model = fold_for_inference(build_ours(case), dtype=torch.bfloat16 if precision == "bf16" else None).to(case.device)
+    return _inference(model, case)
+
+
+def _inference(model: nn.Module, case: Case) -> Run:
     images = case.batch()
 
     def run() -> None:
