@@ -103,6 +103,10 @@ class PaddedTensorAdapter(Adapter):
             )
         return as_nested_tensor(images, sizes)
 
+    def levels(self, batch: NestedTensor) -> list[Tensor]:
+        """Return the levels [B, C, h, w] of a batch as tensors, finest first."""
+        return [level.tensors for level in self.backbone(batch).values()]
+
     def _remember_sizes(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Mapping):  # of mmdetection
             samples = output.get("data_samples")

@@ -79,5 +79,4 @@ class DictBackbone(PaddedTensorAdapter):
             batch = self.batch(images)
         else:
             batch = self.batch(images.tensor, [(int(h), int(w)) for h, w in images.image_sizes])
-        levels = self.backbone(batch).values()
-        return dict(zip(self.out_features, (level.tensors for level in levels), strict=True))
+        return dict(zip(self.out_features, self.levels(batch), strict=True))

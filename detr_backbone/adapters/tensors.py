@@ -1,7 +1,7 @@
 """The backbone as a list or a tuple of tensors: for RT-DETR, D-FINE and DEIM, and for mmdetection."""
 
 from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -10,10 +10,19 @@ from detr_backbone.backbone import Backbone, BackboneBase
 from detr_backbone.networks.norms import Norm
 from detr_backbone.padding.exact import Padding
 
-Kind = TypeVar("Kind", bound=PaddedTensorAdapter)
+
+class _UnderItsOwnNames(PaddedTensorAdapter):
+    """An adapter whose state-dict keys are the network's own."""
+
+    @classmethod
+    def from_backbone(cls, backbone: BackboneBase) -> Self:
+        """Return the adapter of a backbone that is built already, such as `BackboneBase(network, …)` of any network."""
+        adapter = cls.__new__(cls)
+        PaddedTensorAdapter.__init__(adapter, backbone, body="")
+        return adapter
 
 
-class ListBackbone(PaddedTensorAdapter):
+class ListBackbone(_UnderItsOwnNames):
     """A backbone that gives a list of tensors, finest level first, as RT-DETR, D-FINE and DEIM take it.
 
     State-dict keys are the network's own (`backbone.layer1.0.conv1.weight` in a detector). All options may be given by
@@ -53,17 +62,12 @@ class ListBackbone(PaddedTensorAdapter):
         )
         super().__init__(backbone, body="")
 
-    @classmethod
-    def from_backbone(cls, backbone: BackboneBase) -> Self:
-        """Return the adapter of a backbone that is built already, such as `BackboneBase(network, …)` of any network."""
-        return _from_backbone(cls, backbone)
-
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the levels [B, C, h, w] of a batch [B, 3, H, W], finest first."""
-        return [level.tensors for level in self.backbone(self.batch(x)).values()]
+        return self.levels(self.batch(x))
 
 
-class TupleBackbone(PaddedTensorAdapter):
+class TupleBackbone(_UnderItsOwnNames):
     """A backbone that gives a tuple of tensors, finest level first, as mmdetection takes it.
 
     State-dict keys are the network's own. As in mmdetection's recipes (`frozen_stages=1`), the stem and the first stage
@@ -83,20 +87,9 @@ class TupleBackbone(PaddedTensorAdapter):
         defaults: dict[str, Any] = {"padding": "zeros", "return_interm_layers": "return_layers" not in options}
         super().__init__(Backbone(name, **(defaults | options)), body="")
 
-    @classmethod
-    def from_backbone(cls, backbone: BackboneBase) -> Self:
-        """Return the adapter of a backbone that is built already, such as `BackboneBase(network, …)` of any network."""
-        return _from_backbone(cls, backbone)
-
     def init_weights(self) -> None:
         """Do nothing: mmdetection calls it before training, and weights were loaded when this was built."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the levels [B, C, h, w] of a batch [B, 3, H, W], finest first."""
-        return tuple(level.tensors for level in self.backbone(self.batch(x)).values())
-
-
-def _from_backbone(kind: type[Kind], backbone: BackboneBase) -> Kind:
-    adapter = kind.__new__(kind)
-    PaddedTensorAdapter.__init__(adapter, backbone, body="")
-    return adapter
+        return tuple(self.levels(self.batch(x)))

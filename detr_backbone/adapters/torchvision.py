@@ -62,7 +62,7 @@ class BackboneWithFPN(PaddedTensorAdapter):
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """Return the levels of a batch [B, 3, H, W] by name, finest first: "0", "1", … and those of `extra_blocks`."""
         batch = self.batch(x)
-        levels = OrderedDict((str(index), level.tensors) for index, level in enumerate(self.backbone(batch).values()))
+        levels = OrderedDict((str(index), level) for index, level in enumerate(self.levels(batch)))
         if self.backbone.padding == "zeros" or not batch.is_padded:
             return cast("OrderedDict[str, Tensor]", self.fpn(levels))
         try:
