@@ -1,9 +1,11 @@
-"""A network of four linear layers for each strategy of the layer getter: by walk, by graph, by hooks."""
+"""Networks that many tests take, and statistics as training leaves them."""
 
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+
+from detr_backbone import FrozenBatchNorm2d
 
 
 class Branched(nn.Module):
@@ -28,6 +30,17 @@ class LooksAtValues(Branched):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 0 else -x)
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """The network with statistics as training leaves them, instead of (0, 1)."""
+    for norm in network.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.0)
+            nn.init.normal_(norm.bias, std=0.3)
+            nn.init.normal_(norm.running_mean, std=0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return network
 
 
 def sequential() -> nn.Sequential:

@@ -13,21 +13,11 @@ from torch.nn.utils import parametrize, prune
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, calibrate_frozen_batch_norm, fold_for_inference
 from detr_backbone.errors import ConfigError
 from detr_backbone.folding import FoldedConv2d
+from tests.small_networks import trained
 
 # Folding rounds the weights once more: a few units of float32 over the depth of a network.
 OUTPUT = {"rtol": 0.0, "atol": 1e-5}
 GRADIENT = {"rtol": 0.0, "atol": 1e-4}
-
-
-def trained(network: nn.Module) -> nn.Module:
-    """The network with statistics as training leaves them, instead of (0, 1)."""
-    for norm in network.modules():
-        if isinstance(norm, FrozenBatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.0)
-            nn.init.normal_(norm.bias, std=0.3)
-            nn.init.normal_(norm.running_mean, std=0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    return network
 
 
 def conv_and_norm() -> nn.Sequential:

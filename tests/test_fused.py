@@ -16,6 +16,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, NestedTensor, fold_for_inference
 from detr_backbone.folding import FusedConv2d, fused, primitives
+from tests.small_networks import trained
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")),
@@ -53,18 +54,6 @@ def without_memory() -> Iterator[None]:
     yield
     for cached in caches:
         cached.cache_clear()
-
-
-def trained(network: nn.Module) -> nn.Module:
-    """The network with statistics as training leaves them."""
-    torch.manual_seed(0)
-    for norm in network.modules():
-        if isinstance(norm, FrozenBatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.0)
-            nn.init.normal_(norm.bias, std=0.3)
-            nn.init.normal_(norm.running_mean, std=0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    return network
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -321,6 +310,7 @@ def test_fused_networks_give_what_the_two_layers_give(name: str, primitives_run:
 @pytest.fixture(scope="module")
 def bottlenecks() -> BackboneBase:
     """Folded, and not to be changed."""
+    torch.manual_seed(0)
     return fold_for_inference(trained(_bottlenecks()))
 
 
