@@ -102,8 +102,13 @@ def suites(device: str) -> dict[str, list[Row]]:
             )
         ],
         "folded": [
-            Row(replace(at, sizes=sizes), ("ours", "ours, folded", "onnxruntime", "openvino"))
-            for sizes in (at.sizes, ((224, 224),), MIXED)
+            Row(case, ("original", "ours", "ours, folded", "onnxruntime", "openvino"), ALL)
+            for case in (
+                at,
+                replace(at, sizes=((224, 224),)),
+                replace(at, sizes=MIXED),
+                replace(at, kind="detr", levels=1),
+            )
         ],
         "data": [
             Row(
@@ -191,12 +196,14 @@ def measure(
 
 @cache
 def best_threads(contender: Contender, image: Case, threads: tuple[int, ...]) -> int:
-    """The number of threads that the contender is fastest with on one image."""
+    """The number of threads that the contender is fastest with on one image, by the fastest of a few runs of each."""
     if len(threads) == 1:
         return threads[0]
     workers = {count: Worker(*contender, image, count) for count in threads}
-    warm = {count: worker.warm_up() for count, worker in workers.items()}
-    taken = {count: min(warm[count], worker.run()) for count, worker in workers.items()}
+    for worker in workers.values():
+        worker.warm_up()
+    turns = [{count: worker.run() for count, worker in workers.items()} for _ in range(4)]
+    taken = {count: min(turn[count] for turn in turns) for count in threads}
     for worker in workers.values():
         worker.close()
     return min(taken, key=taken.__getitem__)
@@ -257,12 +264,11 @@ def main(
     processes: int = 3,
     device: Literal["cpu", "cuda"] = "cpu",
     precisions: tuple[Precision, ...] = ALL,
+    threads: int | None = None,
     kernels: int = 0,
     output: str | None = None,
 ) -> None:
     """Measure speed beside peers.
-
-    A contender runs at the number of threads, one or one per core, that is faster for it with one image.
 
     Args:
         suite: table, detectors, getter, padding, plans, compiled, engines, folded, data, scaling, import, or a
@@ -272,10 +278,12 @@ def main(
         device: cpu or cuda.
         precisions: float32, bf16 and int8, which OpenVINO alone computes in, of those that the suite has; bf16 is left
             out on a processor that has no instructions for it.
+        threads: of every contender; if left out, one or one per core, whichever is faster for it with one image.
         kernels: how many of the kernels that took most of the time each row names.
         output: the Markdown file of the record, which grows with every case; printed only, if left out.
     """
     cores = len(os.sched_getaffinity(0)) if device == "cpu" else 1
+    counts = tuple(sorted({1, cores})) if threads is None else (threads,)
     columns = (*COLUMNS, "kernels") if kernels else COLUMNS
     rows = [] if suite == "import" else suites(device)[suite]
     asked = {precision for row in rows for precision in row.precisions if precision in precisions}
@@ -299,8 +307,7 @@ def main(
     with exported_files():
         for row in rows:
             case = row._replace(precisions=[precision for precision in row.precisions if precision in asked])
-            threads = tuple(sorted({1, cores}))
-            lines, failed = measure(case, runs=runs, processes=processes, threads=threads, kernels=kernels)
+            lines, failed = measure(case, runs=runs, processes=processes, threads=counts, kernels=kernels)
             table += lines
             remarks += failed
             write(output, remarks, table)

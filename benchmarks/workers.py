@@ -49,14 +49,13 @@ class Worker:
         self._connection.send("run")
         self._begun = True
 
-    def warm_up(self) -> float:
-        """Seconds of the fastest of the runs that fill two seconds."""
+    def warm_up(self) -> None:
+        """Do the work for two seconds, at least once."""
         if self._begun:
             self._answer()
-        taken = [self.run()]
-        while sum(taken) < WARM_UP_SECONDS:
-            taken.append(self.run())
-        return min(taken)
+        seconds = self.run()
+        while seconds < WARM_UP_SECONDS:
+            seconds += self.run()
 
     def flops(self) -> float:
         """Floating-point operations of the work."""
