@@ -44,7 +44,7 @@ def engine(case: Case, precision: str, *, name: EngineName) -> Run:
 def folded(case: Case, precision: str) -> Run:
     """Return a run of ours in PyTorch, folded for inference in the precision."""
     model = fold_for_inference(build_ours(case), dtype=torch.bfloat16 if precision == "bf16" else None).to(case.device)
-    return _inference(model, case)
+    return _inference(model.requires_grad_(False), case)  # torch's counter of operations asks for gradients otherwise
 
 
 def _inference(model: nn.Module, case: Case) -> Run:

@@ -29,6 +29,7 @@ NETWORKS = ("resnet18", "resnet50", "resnet101", "resnet50-dc5")
 PEERS = ("original", "ours", "timm", "hugging_face")
 GETTERS = ("bare", "sequential", "graph", "hooks")
 COMPILED = ("original", "ours", "original, compiled", "ours, compiled")
+FOLDED = ("original", "ours", "ours, folded", "onnxruntime", "openvino")
 DEPLOYED = (*COMPILED, "ours, folded", "onnxruntime", "openvino")
 BOTH: tuple[Precision, ...] = ("float32", "bf16")
 ALL: tuple[Precision, ...] = (*BOTH, "int8")
@@ -101,14 +102,10 @@ def suites(device: str) -> dict[str, list[Row]]:
                 replace(at, kind="deformable_detr"),
             )
         ],
-        "folded": [
-            Row(case, ("original", "ours", "ours, folded", "onnxruntime", "openvino"), ALL)
-            for case in (
-                at,
-                replace(at, sizes=((224, 224),)),
-                replace(at, sizes=MIXED),
-                replace(at, kind="detr", levels=1),
-            )
+        "folded": [Row(replace(at, sizes=sizes), FOLDED, ALL) for sizes in (at.sizes, ((224, 224),), MIXED)],
+        "folded_detectors": [
+            Row(replace(at, kind="detr", levels=1), FOLDED, ALL),
+            Row(replace(at, kind="deformable_detr"), FOLDED, ALL),
         ],
         "data": [
             Row(
@@ -271,8 +268,8 @@ def main(
     """Measure speed beside peers.
 
     Args:
-        suite: table, detectors, getter, padding, plans, compiled, engines, folded, data, scaling, import, or a
-            backbone: resnet18, resnet50, resnet101, resnet50-dc5.
+        suite: table, detectors, getter, padding, plans, compiled, engines, folded, folded_detectors, data, scaling,
+            import, or a backbone: resnet18, resnet50, resnet101, resnet50-dc5.
         runs: measured runs of every contender, in turns; the median counts.
         processes: in how many processes, one after the other, a contender does its runs.
         device: cpu or cuda.

@@ -1,6 +1,6 @@
-"""The records as two tables and a chart: python benchmarks/summary.py.
+"""The records as tables and a chart: python benchmarks/summary.py.
 
-Prints the tables of README.md and docs/speed.md, and draws docs/speed.jpg.
+Prints the tables of README.md, docs/speed.md and docs/deploy.md, and draws docs/speed.jpg.
 """
 
 import re
@@ -13,7 +13,8 @@ PROCESSORS = {
     "zen3": "AMD EPYC, Zen 3",
     "zen4": "AMD EPYC, Zen 4",
     "zen5": "AMD EPYC, Zen 5",
-    "intel": "Intel Xeon, Emerald Rapids",
+    "intel": "Intel Xeon, AMX",
+    "xeon": "Intel Xeon, AVX-512",
 }
 """By the end of a record's name; a record itself has what the processor says of itself."""
 PRECISIONS = ("float32", "bf16")
@@ -114,6 +115,18 @@ def milliseconds_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def deployed_table(path: Path) -> str:
+    """Return the table of docs/deploy.md: milliseconds of a forward pass in PyTorch and in engines."""
+    rows = read_record(path)
+    times = {(row.case, row.precision, row.contender): f"{row.milliseconds:.0f}" for row in rows}
+    contenders = dict.fromkeys(row.contender for row in rows)
+    lines = [f"| milliseconds | precision | {' | '.join(contenders)} |", f"|{'---|' * (len(contenders) + 2)}"]
+    for case, precision in dict.fromkeys((row.case, row.precision) for row in rows):
+        cells = (times.get((case, precision, contender), "") for contender in contenders)
+        lines.append(f"| {case} | {precision} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw_chart(paths: Sequence[Path], output: Path) -> None:
     """Draw how many times as fast ours is as the original, by kind of work, processor and precision."""
     from matplotlib.figure import Figure
@@ -153,5 +166,10 @@ def _ratios(rows: Sequence[Row], work: Work, precision: str) -> str:
 
 
 if __name__ == "__main__":
-    print(milliseconds_table(FOLDER / "table-zen5.md"), summary_table(summarised()), sep="\n\n")
+    tables = (
+        milliseconds_table(FOLDER / "table-xeon.md"),
+        summary_table(summarised()),
+        deployed_table(FOLDER / "folded-xeon.md"),
+    )
+    print(*tables, sep="\n\n")
     draw_chart(sorted(FOLDER.glob("table-*.md"), reverse=True), FOLDER.parent / "docs" / "speed.jpg")

@@ -17,10 +17,11 @@ from tests.processes import ROOT, Command, Ended
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _hear_interrupts() -> None:
-    """A shell that starts the tests in its background lets them, and all that they start, ignore Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _hear_signals() -> None:
+    """A shell's background, and nohup, let the tests and all that they start ignore Ctrl-C and a closed terminal."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

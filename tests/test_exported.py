@@ -24,7 +24,7 @@ from detr_backbone.training import (
     save_checkpoint,
 )
 from detr_backbone.training.exported import export_checkpoint, open_exported_detector, quantize_detector
-from tests.export_models import build_joiner
+from tests.export_models import build_joiner, build_tiny_detr
 
 CONFIG: dict[str, Any] = {
     "detector": {
@@ -134,8 +134,8 @@ def test_a_backbone_is_no_detector(root: Path) -> None:
         open_exported_detector(path)
 
 
-def test_a_detector_that_does_not_say_what_it_detects_is_refused(detector: DETR, root: Path) -> None:
-    path = export(detector, root / "anonymous.pt2").path
+def test_a_detector_that_does_not_say_what_it_detects_is_refused(root: Path) -> None:
+    path = export(build_tiny_detr(), root / "anonymous.pt2").path
     with pytest.raises(ExportError, match=r"file=.*anonymous\.pt2 key=config"):
         open_exported_detector(path)
 
