@@ -23,10 +23,10 @@ from detr_backbone.networks.build import build_network
 PAGE = Path(__file__).parents[1] / "benchmarks" / "networks.md"
 # one network of every family of torchvision, and of more of timm's than most use, small ones
 FAMILIES = (
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"),
+    *("alexnet", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"),
     *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18"),
     *("shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "vgg11_bn", "vit_b_32", "timm/convnextv2_atto"),
-    *("timm/dla34", "timm/ecaresnet26t", "timm/edgenext_xx_small", "timm/efficientformer_l1"),
+    *("timm/convnext_atto", "timm/dla34", "timm/ecaresnet26t", "timm/edgenext_xx_small", "timm/efficientformer_l1"),
     *("timm/ese_vovnet19b_dw", "timm/fastvit_t8", "timm/ghostnet_050", "timm/hgnetv2_b0"),
     *("timm/hrnet_w18_small", "timm/inception_next_atto", "timm/lcnet_050", "timm/levit_128s"),
     *("timm/maxvit_pico_rw_256", "timm/mobilenetv4_conv_small", "timm/mobilevit_xxs", "timm/nextvit_small"),
@@ -35,8 +35,8 @@ FAMILIES = (
     "timm/xcit_nano_12_p16_224",
 )
 MORE = (
-    *("efficientnet_v2_s", "resnet152", "resnext50_32x4d", "swin_v2_t", "vgg11", "wide_resnet50_2"),
-    *("timm/convnext_atto", "timm/cspresnet50", "timm/darknet53", "timm/davit_tiny"),
+    *("convnext_tiny", "efficientnet_v2_s", "resnet152", "resnext50_32x4d", "swin_v2_t", "vgg11", "wide_resnet50_2"),
+    *("timm/cspresnet50", "timm/darknet53", "timm/davit_tiny"),
     *("timm/deit3_small_patch16_224", "timm/densenet121", "timm/efficientnet_b0", "timm/focalnet_tiny_srf"),
     *("timm/mixnet_s", "timm/mobilenetv3_small_050", "timm/mobileone_s0", "timm/mvitv2_tiny"),
     *("timm/nf_resnet26", "timm/regnetx_002", "timm/regnety_002", "timm/res2net50_26w_4s", "timm/resnet10t"),

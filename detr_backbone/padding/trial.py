@@ -74,14 +74,16 @@ def find_leak(backbone: nn.Module, body: nn.Module, state: State, divisor: int) 
         for sizes in _sizes(divisor):
             images = _draw_images(body, sizes)
             try:
-                batch, got = _run(backbone, body, state, images, divisor)
-                alone = [_run(backbone, body, state, [image], divisor) for image in images]
+                batch = _run(backbone, state, images, divisor)
+                alone = [_run(backbone, state, [image], divisor) for image in images]
             except Exception as error:  # such as for a convolution over something else than a map of the batch
                 pixels = " and ".join(f"{h} x {w}" for h, w in sizes)
                 return Leak(f"the network fails for images of {pixels} pixels: {error}", fails=True)
-            for index, (levels, expected) in enumerate(alone):
+            for index, levels in enumerate(alone):
                 if not _equal(levels, batch, index):
-                    where = _first_difference(body, expected[0], got[index])
+                    got = _outputs(backbone, body, state, images, divisor)[index]
+                    (expected,) = _outputs(backbone, body, state, images[index : index + 1], divisor)
+                    where = _first_difference(body, expected, got)
                     return Leak(f"padding gets into the image, first seen in the output of {where}", fails=False)
     return None
 
@@ -101,15 +103,15 @@ def refuse_hidden_batch_statistics(backbone: nn.Module, body: nn.Module, state: 
     (size, *_), *_ = _sizes(divisor)
     images = _draw_images(body, (size, size))
     with _evaluation_in_float64(backbone), torch.random.fork_rng([]):
-        batch, _ = _run(backbone, body, state, images, divisor)
-        alone = [_run(backbone, body, state, [image], divisor)[0] for image in images]
+        batch = _run(backbone, state, images, divisor)
+        alone = [_run(backbone, state, [image], divisor) for image in images]
         if not all(_equal(levels, batch, index) for index, levels in enumerate(alone)):
             raise ConfigError(
                 "`padding` must be 'zeros' for this network, got 'exact': images of one size depend on each other"
             )
         before = {name: tensor.clone() for name, tensor in state.items()}
         backbone.train()
-        _run(backbone, body, state, images, divisor)
+        _run(backbone, state, images, divisor)
     for name in dict(backbone.named_buffers()):
         if name in before and not torch.equal(before[name], state[name]):
             raise ConfigError(
@@ -131,11 +133,17 @@ def _draw_images(body: nn.Module, sizes: Sequence[Size]) -> list[Tensor]:
     return [torch.randn(channels, *size, generator=generator, device="cpu", dtype=torch.float64) for size in sizes]
 
 
-def _run(
-    backbone: nn.Module, body: nn.Module, state: State, images: Sequence[Tensor], divisor: int
-) -> tuple[Levels, list[dict[str, Tensor]]]:
-    """Return the levels, and of each image its cells in each layer's output, in the order in which layers return."""
+def _run(backbone: nn.Module, state: State, images: Sequence[Tensor], divisor: int) -> Levels:
+    """Return the levels of a batch of images."""
     batch = pad_to_multiple(nested_tensor_from_tensor_list(images), divisor)
+    levels: Levels = torch.func.functional_call(backbone, state, (batch,))
+    return levels
+
+
+def _outputs(
+    backbone: nn.Module, body: nn.Module, state: State, images: Sequence[Tensor], divisor: int
+) -> list[dict[str, Tensor]]:
+    """Return of each image its cells in each layer's output, in the order in which layers return."""
     outputs: list[dict[str, Tensor]] = [{} for _ in images]
     padded: list[Size] = []
 
@@ -144,14 +152,15 @@ def _run(
 
     def keep(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim in (3, 4) and len(output) == len(images):
-            for index, size in enumerate(batch.sizes):
+            for index, image in enumerate(images):
                 if path not in outputs[index]:
-                    cells = _cells_of(output[index : index + 1], size, padded[-1])
+                    cells = _cells_of(output[index : index + 1], size_of(image), padded[-1])
                     outputs[index][path] = cells.clone()
 
     layers = {path: module for path, module in body.named_modules() if path and not isinstance(module, OpenedModule)}
     with hooked({"": body}, before=note), hooked(layers, after=keep):
-        return torch.func.functional_call(backbone, state, (batch,)), outputs
+        _run(backbone, state, images, divisor)
+    return outputs
 
 
 def _equal(alone: Levels, batch: Levels, index: int) -> bool:
