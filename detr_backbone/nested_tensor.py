@@ -215,7 +215,7 @@ def as_nested_tensor(images: Images, sizes: Sequence[Size] | None = None) -> Nes
         for valid, (h, w) in zip(mask, check_sizes(sizes, whole.mask.shape), strict=True):
             valid[:h, :w] = False
         return NestedTensor(images, mask, sizes=sizes)
-    if isinstance(images, Tensor | Sequence) or not hasattr(images, "tensors"):
+    if isinstance(images, Tensor | Sequence) or not (hasattr(images, "tensors") and hasattr(images, "mask")):
         batch = nested_tensor_from_tensor_list(cast(Sequence[Tensor], images))
         check_values(cast(Sequence[Tensor], images))
         return batch

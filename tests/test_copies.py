@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detr_backbone import Backbone, BackboneBase
+from detr_backbone import Backbone, BackboneBase, BackboneConfig
+from detr_backbone.detectors import DetectorConfig, build_detector
 from detr_backbone.errors import ConfigError
 
 IMAGES = [torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(1)), torch.ones(3, 50, 40)]
@@ -27,13 +29,13 @@ def backbone(request: pytest.FixtureRequest) -> BackboneBase:
     return backbone
 
 
-def features(backbone: BackboneBase) -> Tensor:
+def features(backbone: nn.Module) -> Tensor:
     with torch.no_grad():
         return backbone(IMAGES)["0"].tensors
 
 
-def save_and_load(backbone: BackboneBase) -> BackboneBase:
-    torch.save(backbone, file := io.BytesIO())
+def save_and_load(model: nn.Module) -> nn.Module:
+    torch.save(model, file := io.BytesIO())
     file.seek(0)
     return torch.load(file, weights_only=False)
 
@@ -44,7 +46,7 @@ def save_and_load(backbone: BackboneBase) -> BackboneBase:
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_a_copy_computes_the_same_with_weights_of_its_own(
-    backbone: BackboneBase, copied: Callable[[BackboneBase], BackboneBase]
+    backbone: BackboneBase, copied: Callable[[BackboneBase], nn.Module]
 ) -> None:
     expected = features(backbone)
     twin = copied(backbone)
@@ -55,6 +57,16 @@ def test_a_copy_computes_the_same_with_weights_of_its_own(
             parameter.mul_(0.5)
     assert not torch.equal(features(twin), expected)
     torch.testing.assert_close(features(backbone), expected, rtol=0, atol=0)
+
+
+def test_a_detector_is_saved_as_a_whole() -> None:
+    sizes = {"num_queries": 3, "nheads": 2, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 16}
+    backbone = BackboneConfig(name="resnet18", hidden_dim=16)
+    detector = build_detector(DetectorConfig(name="detr", backbone=backbone, num_classes=2, **sizes)).eval()
+    with torch.no_grad():
+        expected, got = detector(IMAGES), save_and_load(detector)(IMAGES)
+
+    assert torch.equal(got["pred_logits"], expected["pred_logits"])
 
 
 def replicate(module: nn.Module, scale: float) -> nn.Module:
@@ -114,25 +126,26 @@ def test_a_hook_that_would_never_fire_says_so() -> None:
         backbone.body.get_submodule("layer3.0").register_forward_hook(print)
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
+def _rank(rank: int, port: int, folder: Path, given: BackboneBase) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
     results = {}
     for name in ("static", "sharded"):
-        backbone: nn.Module = Backbone("resnet18", return_interm_layers=True)
+        backbone: nn.Module = copy.deepcopy(given)
         if name == "static":
             backbone = DistributedDataParallel(backbone, static_graph=True)
         else:
             for layer in ("layer1", "layer2", "layer3", "layer4"):
                 fully_shard(backbone.body[layer])
             fully_shard(backbone)
-        for _ in range(2):  # a static graph is known from the second pass on
-            backbone.zero_grad()
-            levels = backbone(IMAGES)
-            sum(level.tensors.square().mean() for level in levels.values()).backward()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(2):  # a static graph is known from the second pass on
+                backbone.zero_grad()
+                levels = backbone(IMAGES)
+                sum(level.tensors.square().mean() for level in levels.values()).backward()
         results[name] = {
             "levels": [level.tensors.detach() for level in levels.values()],
             "gradients": {
@@ -140,8 +153,8 @@ def _rank(rank: int, port: int, folder: Path) -> None:
                 for key, p in backbone.named_parameters()
                 if p.grad is not None
             },
+            "told": [str(warning.message) for warning in told],
         }
-        torch.manual_seed(0)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
@@ -151,13 +164,12 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def test_two_processes_that_shard_or_share_a_backbone_equal_one(tmp_path: Path) -> None:
+def test_two_processes_that_are_given_a_backbone_and_shard_or_share_it_equal_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, tmp_path), nprocs=2)
-    torch.manual_seed(0)
     backbone = Backbone("resnet18", return_interm_layers=True)
+    torch.multiprocessing.spawn(_rank, (port, tmp_path, backbone), nprocs=2)
     levels = backbone(IMAGES)
     sum(level.tensors.square().mean() for level in levels.values()).backward()
     gradients = {key: p.grad for key, p in backbone.named_parameters() if p.grad is not None}
@@ -166,6 +178,7 @@ def test_two_processes_that_shard_or_share_a_backbone_equal_one(tmp_path: Path) 
         for got, level in zip(result["levels"], levels.values(), strict=True):
             torch.testing.assert_close(got, level.tensors, rtol=1e-5, atol=1e-5, msg=name)
         assert result["gradients"].keys() == gradients.keys(), name
+        assert not [message for message in result["told"] if "stride" in message], name
         for key, gradient in gradients.items():
             largest = gradient.abs().max().item()
             torch.testing.assert_close(

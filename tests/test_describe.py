@@ -296,6 +296,15 @@ def test_a_backbone_alone_is_its_own_first_row() -> None:
     assert list(rows_of(backbone, (8, 8))) == ["", "body.stem", "body.stage"]
 
 
+def test_a_backbone_says_how_images_of_several_sizes_run_and_why() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 2, stride=2), nn.GroupNorm(1, 2))
+    description = describe(BackboneBase(network, return_layers=["1"], train_layers=["0"]), (8, 8), passes=1)
+
+    assert (description.batching, str(description.leak).split()[0]) == ("by_size", "1")
+    assert f"batching by_size: {description.leak}" in str(description).splitlines()
+    assert describe(network, (8, 8), passes=1).batching is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

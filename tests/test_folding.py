@@ -174,6 +174,26 @@ def _new_data(backbone: BackboneBase) -> None:
     parameter.data = parameter.data + 1
 
 
+def _alias(backbone: BackboneBase) -> None:
+    parameter = backbone.body.get_parameter("0.weight")
+    values = parameter.detach().clone()
+    parameter.data = values
+    features(backbone, torch.ones(1, 3, 8, 8))
+    values.add_(1)  # neither the address nor the version of the parameter changes
+
+
+def _lbfgs(backbone: BackboneBase) -> None:
+    optimizer = torch.optim.LBFGS(backbone.parameters(), lr=1.0, max_iter=1)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        loss = features(backbone, torch.ones(1, 3, 8, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss)
+
+
 def _new_parameter(backbone: BackboneBase) -> None:
     convolution = backbone.body.get_submodule("0")
     convolution.weight = nn.Parameter(convolution.weight.detach() + 1)
@@ -220,6 +240,35 @@ def _wrap(backbone: BackboneBase) -> None:
     backbone.body["0"] = Adapter(backbone.body["0"])
 
 
+class Quantized(nn.Module):
+    """A wrapper that reads the weights of what it wraps, as those of quantization-aware training do."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.base.weight.detach().abs().max() / 7
+        return F.conv2d(x, (self.base.weight / step).round() * step, self.base.bias, padding=1)
+
+
+def _quantize(backbone: BackboneBase) -> None:
+    backbone.body["0"] = Quantized(backbone.body["0"])
+
+
+def _hook_output(backbone: BackboneBase) -> None:
+    backbone.body["0"].register_forward_hook(lambda _, __, output: output + 1)
+
+
+def _hook_input(backbone: BackboneBase) -> None:
+    backbone.body["1"].register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
+
+
+def _patch(backbone: BackboneBase) -> None:
+    convolution = backbone.body["0"]
+    convolution.forward = lambda x: 2 * F.conv2d(x, convolution.weight, convolution.bias, padding=1)
+
+
 def _share(backbone: BackboneBase) -> None:
     backbone.body["2"] = nn.Sequential(backbone.body["2"], nn.Conv2d(4, 3, 1), backbone.body["0"])
 
@@ -243,9 +292,9 @@ def _synchronise(backbone: BackboneBase) -> None:
 
 
 CHANGES = [
-    *(_load, _assign, _step, _fused_step, _statistics, _copy_into_data, _new_data, _new_parameter, _vector),
-    *(_replace_convolution, _copy_convolution, _replace_norm, _learned_norm, _no_norm, _wrap, _share),
-    *(_prune, _parametrize, _synchronise),
+    *(_load, _assign, _step, _fused_step, _lbfgs, _statistics, _copy_into_data, _new_data, _alias, _new_parameter),
+    *(_vector, _replace_convolution, _copy_convolution, _replace_norm, _learned_norm, _no_norm, _wrap, _share),
+    *(_prune, _parametrize, _quantize, _synchronise, _hook_output, _hook_input, _patch),
 ]
 
 
@@ -261,6 +310,19 @@ def test_the_next_pass_gives_what_the_unfolded_network_gives(change: Callable[[B
 
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # values up to 10
     assert change is _copy_convolution or not torch.allclose(got, before)
+
+
+def test_hooks_see_what_a_convolution_gives_and_its_gradient() -> None:
+    backbone, images = tiny(), torch.randn(1, 3, 8, 8, requires_grad=True)
+    convolution, seen = backbone.body["0"], []
+    convolution.register_forward_hook(lambda _, __, output: seen.append(output))
+    convolution.register_full_backward_hook(lambda _, __, gradients: seen.append(gradients[0]))
+    features(backbone, images).sum().backward()
+
+    output = F.conv2d(images, convolution.weight, convolution.bias, padding=1).detach().requires_grad_()
+    backbone.body["2"](backbone.body["1"](output)).sum().backward()
+    torch.testing.assert_close(seen[0], output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[1], output.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_changed_network_stays_exact() -> None:
@@ -334,6 +396,20 @@ def test_a_compiled_graph_holds_the_folding() -> None:
         torch.testing.assert_close(compiled(images)["0"].tensors, expected)
         _statistics(backbone)
         torch.testing.assert_close(compiled(images)["0"].tensors, features(backbone, images))
+
+
+@pytest.mark.parametrize("change", [_replace_convolution, _wrap, _replace_norm], ids=lambda change: change.__name__)
+def test_a_compiled_graph_of_a_changed_network_gives_what_the_network_gives(
+    change: Callable[[BackboneBase], None],
+) -> None:
+    torch.compiler.reset()
+    backbone, images = tiny().eval(), torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(backbone.forward_whole_batch, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(images)
+        change(backbone)
+        expected = features(backbone, images, folds=False)
+        torch.testing.assert_close(compiled(images)["0"].tensors, expected)
 
 
 def test_a_convolution_that_an_adapter_makes_of_the_same_class_only_convolves() -> None:

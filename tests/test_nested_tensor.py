@@ -1,5 +1,6 @@
 """Images of different sizes as one padded batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,25 @@ def test_moving_a_batch_keeps_its_sizes_without_reading_the_mask() -> None:
 
     assert batch.tensors.device.type == batch.mask.device.type == "meta"
     assert batch.sizes == ((4, 9), (7, 1))
+
+
+def test_a_batch_of_another_dtype_keeps_its_mask() -> None:
+    batch = nested_tensor_from_tensor_list([torch.ones(3, 4, 9), torch.ones(3, 7, 1)])
+    half = batch.to("cpu", True).to(torch.bfloat16)
+
+    assert half.tensors.dtype == torch.bfloat16
+    assert torch.equal(half.mask, batch.mask)
+    assert (half.device, half.sizes) == (torch.device("cpu"), batch.sizes)
+
+
+def test_a_batch_of_others_needs_a_mask() -> None:
+    tensors, mask = torch.ones(1, 3, 4, 9), torch.zeros(1, 4, 9, dtype=torch.bool)
+    mask[:, 3:] = True
+    assert as_nested_tensor(SimpleNamespace(tensors=tensors, mask=mask)).sizes == ((3, 9),)
+    assert as_nested_tensor(SimpleNamespace(tensors=tensors, mask=None)).sizes == ((4, 9),)
+
+    with pytest.raises(TypeError, match=r"images must be .* got SimpleNamespace"):
+        as_nested_tensor(SimpleNamespace(tensors=tensors, image_sizes=[(3, 9)]))
 
 
 def test_a_nested_tensor_is_taken_as_it_is() -> None:

@@ -167,6 +167,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_keeps_nothing(
         "level      0: [4, 64, ",
         "a cell for every 4 pixels",
         "backbone.0.body.layer1                  0 trained      147,456 frozen",
+        "backbone: batching masked",
         "steps      3 per epoch, 6 in 2 epochs",
         "memory     ",
         "MiB each",

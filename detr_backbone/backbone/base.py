@@ -104,7 +104,7 @@ class BackboneBase(nn.Module):
         paths = self._choose_layers(backbone, return_layers, train_layers)
         # Geometry says where there are levels and windows, so it stands before whatever depends on a stride.
         geometry = self._measure(backbone, survey.dry_run, paths)
-        # Folding replaces convolutions, so it stands before the hooks and the self-test, which run what will run.
+        # Folding replaces convolutions, so it stands before the hooks on windows and the self-test of these layers.
         self._folded = prepare_folding(self.body, survey.dry_run.sole_readers(paths), self._passes)
         # What can be fused for inference shows in the dry run of the network as it was before the folding.
         self._fusions = find_fusions(self.body, survey.dry_run, folded=self._folded, returned=paths)
@@ -265,7 +265,7 @@ class BackboneBase(nn.Module):
         """Return the norms whose work the convolutions before them do, by path; None if the network was changed."""
         structure, norms = structure_of(self.body, self._passes)
         is_building = self._structure is None
-        return norms if is_building or structure == self._structure or torch.compiler.is_compiling() else None
+        return norms if is_building or structure == self._structure else None
 
     def _state_of_pass(self) -> Pass | None:
         """Return the state of a pass but for its padding; None if the network was changed."""

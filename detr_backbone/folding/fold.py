@@ -116,7 +116,10 @@ def scale_and_shift_together(norms: Mapping[str, FrozenBatchNorm2d]) -> dict[str
 def fold(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the one convolution that also scales and shifts, in the weight's dtype or float32."""
     bias = shift if convolution.bias is None else shift + convolution.bias * scale
-    return convolution.weight * scale[:, None, None, None], bias
+    # As a matrix, whose gradient has the strides of the parameter: of 1 x 1 weights, those of a map would differ in
+    # name only, and DistributedDataParallel would warn of them.
+    matrix = convolution.weight.flatten(1) * scale[:, None]
+    return matrix.view_as(convolution.weight), bias
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def describe(
         for path, module in modules.items()
         if path not in called
     ]
+    backbone = next(_backbones(model), None)
     return Description(
         rows=tuple(rows),
         input_shape=tuple(values.shape),
@@ -93,6 +94,8 @@ def describe(
         milliseconds=1000 * statistics.median(whole),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        batching=None if backbone is None else backbone.batching,
+        leak=None if backbone is None else backbone.leak,
     )
 
 
@@ -139,7 +142,7 @@ def _now(device: torch.device) -> float:
 @contextmanager
 def _whole_batches(model: nn.Module) -> Iterator[None]:
     """Within this context, backbones run the whole batch in one pass: a layer has one output."""
-    backbones = [module for module in model.modules() if isinstance(module, BackboneBase)]
+    backbones = list(_backbones(model))
     try:
         for backbone in backbones:
             vars(backbone)["forward"] = backbone.forward_whole_batch
@@ -147,6 +150,10 @@ def _whole_batches(model: nn.Module) -> Iterator[None]:
     finally:
         for backbone in backbones:
             del vars(backbone)["forward"]
+
+
+def _backbones(model: nn.Module) -> Iterator[BackboneBase]:
+    return (module for module in model.modules() if isinstance(module, BackboneBase))
 
 
 def _paths(model: nn.Module, layers: Sequence[str] | int) -> list[str]:
@@ -179,7 +186,7 @@ def _batch(model: nn.Module, images: Size | _Images | Sequence[Tensor]) -> _Imag
     if not all(isinstance(side, int) for side in images):
         return as_nested_tensor(cast(Sequence[Tensor], images))
     # A detector has convolutions of its own, registered before those of its backbone.
-    network = next((module for module in model.modules() if isinstance(module, BackboneBase)), model)
+    network = next(_backbones(model), model)
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise ConfigError(f"`images` must be tensors for a network without a convolution, got the size {images}")

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+from detr_backbone.padding.plan import Batching, describe_batching
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDescription:
@@ -73,6 +75,8 @@ class Description:
         device: where it ran.
         parameters, trainable: of the whole network.
         milliseconds: of a whole pass, median over the timed passes, without the layers' hooks.
+        batching, leak: how the backbone in the network runs images of several sizes, and why not as one masked batch;
+            None where there is no backbone. What is described is one pass over the whole batch all the same.
     """
 
     rows: tuple[LayerDescription, ...]
@@ -81,6 +85,8 @@ class Description:
     parameters: int
     trainable: int
     milliseconds: float
+    batching: Batching | None = None
+    leak: str | None = None
 
     @property
     def non_finite(self) -> tuple[LayerDescription, ...]:
@@ -115,6 +121,7 @@ class Description:
         return [
             f"input {list(self.input_shape)} on {self.device}, outputs in {', '.join(sorted(dtypes)) or 'no dtype'}",
             f"{self.milliseconds:.1f} ms, {self.parameters:,} parameters, {self.trainable:,} of them trainable",
+            *([] if self.batching is None else [describe_batching(self.batching, self.leak)]),
         ]
 
     def _warning(self) -> list[str]:

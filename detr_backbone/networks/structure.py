@@ -16,26 +16,30 @@ def structure_of(network: nn.Module, passes: PerThread[Pass]) -> tuple[Structure
 
     The first is to be compared with itself later. It changes when a layer is added, removed, wrapped, or exchanged for
     one that computes something else or does not take part in the passes; not when weights change, and not when a layer
-    is parametrized, sharded or gets a hook.
+    is parametrized, sharded or gets a hook. A hook between convolution and norm leaves out that pair alone.
 
     Args:
         network: the network.
         passes: those of the backbone that runs the network.
     """
-    norms: dict[str, FrozenBatchNorm2d] = {}
-    return tuple(_entries("", network, passes, norms)), norms
+    norms: dict[str, FrozenBatchNorm2d | None] = {}
+    structure = tuple(_entries("", network, passes, norms))
+    return structure, {path: norm for path, norm in norms.items() if norm is not None}
 
 
 def _entries(
-    name: str, module: nn.Module, passes: PerThread[Pass], norms: dict[str, FrozenBatchNorm2d]
+    name: str, module: nn.Module, passes: PerThread[Pass], norms: dict[str, FrozenBatchNorm2d | None]
 ) -> Iterator[tuple[Any, ...]]:
     own = vars(module)
     folding, fusing, window = own.get("folding"), own.get("fusing"), own.get("window")
-    if folding and isinstance(module, FrozenBatchNorm2d):
-        norms[folding[0]] = module
+    if folding and _is_hooked_between(module):
+        norms[folding[0]] = None
+    elif folding and isinstance(module, FrozenBatchNorm2d):
+        norms.setdefault(folding[0], module)
     yield (
         name,
         type(module).forward,
+        own.get("forward"),
         len(module._modules),
         own.get("kernel_size"),
         folding and (folding[0], folding[1] is passes),
@@ -45,3 +49,9 @@ def _entries(
     for child_name, child in module._modules.items():
         if child is not None:
             yield from _entries(child_name, child, passes, norms)
+
+
+def _is_hooked_between(module: nn.Module) -> bool:
+    """Return whether a hook takes what a convolution gives its norm, or the gradient of that."""
+    takes = module._forward_pre_hooks if isinstance(module, FrozenBatchNorm2d) else module._forward_hooks
+    return bool(takes or module._backward_hooks or module._backward_pre_hooks)

@@ -69,6 +69,15 @@ def choose_plan(backbone: nn.Module, network: nn.Module, body: nn.Module, geomet
     return plan
 
 
+def describe_batching(batching: Batching, leak: str | None) -> str:
+    """Return how images of several sizes run, and why not as one masked batch, in one line.
+
+    >>> describe_batching("by_size", "layer1.0.se is not known to keep padding out")
+    'batching by_size: layer1.0.se is not known to keep padding out'
+    """
+    return f"batching {batching}" if leak is None else f"batching {batching}: {leak}"
+
+
 def _try_masked(backbone: nn.Module, body: nn.Module, state: State | None, geometry: Geometry, plan: Plan) -> Plan:
     if plan.size_divisor > _LARGEST_DIVISOR_TRIED:
         why = f"it divides an image into parts of {plan.size_divisor} pixels, for which there is no self-test"

@@ -11,6 +11,7 @@ from detr_backbone.detectors import build_detector, build_postprocess
 from detr_backbone.errors import CheckpointError, ConfigError
 from detr_backbone.evaluation.analysis import operating_point
 from detr_backbone.evaluation.result import CocoResult
+from detr_backbone.padding.plan import describe_batching
 from detr_backbone.training.calibrate import calibrate, describe_start, needs_calibration
 from detr_backbone.training.checkpoint import MAY_CHANGE, Checkpoint, refuse_another_run, restore
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
@@ -178,6 +179,8 @@ class Run:
             f"{self.steps_per_epoch} steps per epoch"
         )
         self.log.say(describe_groups(self.learner.optimizer))
+        backbone = self.learner.model.backbone[0]
+        self.log.say(f"backbone: {describe_batching(backbone.batching, backbone.leak)}")
 
     def _begin(self, train_set: CocoDetection, previous: Checkpoint | None) -> None:
         """Begin at the first step, or where a checkpoint ends."""
