@@ -388,6 +388,16 @@ def test_parameters_are_as_pytorch_makes_them() -> None:
     assert all(level.tensors.is_contiguous(memory_format=torch.channels_last) for level in levels.values())
 
 
+def test_gradients_have_the_strides_of_parameters() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2), FrozenBatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1))
+    backbone = BackboneBase(network, return_layers=["2"], train_layers=["0", "2"])
+    features(backbone, torch.randn(2, 3, 16, 16)).sum().backward()
+
+    for name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride(), name
+
+
 def test_a_compiled_graph_holds_the_folding() -> None:
     backbone, images = tiny().eval(), torch.randn(1, 3, 8, 8)
     expected = features(backbone, images)

@@ -116,10 +116,12 @@ def scale_and_shift_together(norms: Mapping[str, FrozenBatchNorm2d]) -> dict[str
 def fold(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the one convolution that also scales and shifts, in the weight's dtype or float32."""
     bias = shift if convolution.bias is None else shift + convolution.bias * scale
-    # As a matrix, whose gradient has the strides of the parameter: of 1 x 1 weights, those of a map would differ in
-    # name only, and DistributedDataParallel would warn of them.
-    matrix = convolution.weight.flatten(1) * scale[:, None]
-    return matrix.view_as(convolution.weight), bias
+    weight = convolution.weight
+    if convolution.kernel_size == (1, 1):
+        # As a matrix, whose gradient has the strides of the parameter: DistributedDataParallel warns of those that a
+        # channels_last gradient has along axes of one entry, though the memory is the same.
+        return (weight.flatten(1) * scale.view(-1, 1)).view_as(weight), bias
+    return weight * scale.view(-1, 1, 1, 1), bias
 
 
 @torch.no_grad()
