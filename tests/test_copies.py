@@ -5,6 +5,7 @@ import io
 import pickle
 import socket
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detr_backbone import Backbone, BackboneBase, BackboneConfig
+from detr_backbone import Backbone, BackboneBase, BackboneConfig, IntermediateLayerGetter
 from detr_backbone.detectors import DetectorConfig, build_detector
 from detr_backbone.errors import ConfigError
 
@@ -118,12 +119,14 @@ def test_scripting_is_refused_with_a_way_out() -> None:
         torch.jit.script(Backbone("resnet18"))
 
 
-def test_a_hook_that_would_never_fire_says_so() -> None:
-    backbone = Backbone("resnet18", return_layers=["layer3.0.conv1"], train_layers=["layer3"])
-    assert backbone.body.strategy == "graph"
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_hook_that_would_never_fire_says_so(kind: str) -> None:
+    network = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 4, 1), stage=nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())))
+    getter = IntermediateLayerGetter(network, ["stage.0"])
+    assert getter.strategy == "graph"
 
-    with pytest.warns(UserWarning, match="never called.*conv1"):
-        backbone.body.get_submodule("layer3.0").register_forward_hook(print)
+    with pytest.warns(UserWarning, match="never called.*0"):
+        getattr(getter.get_submodule("stage"), f"register_{kind}")(print)
 
 
 def _rank(rank: int, port: int, folder: Path, given: BackboneBase) -> None:

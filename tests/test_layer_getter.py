@@ -327,6 +327,18 @@ def test_a_forward_that_catches_exceptions_is_left_too() -> None:
     assert not calls
 
 
+def test_hooks_around_a_layer_fire() -> None:
+    calls: list[str] = []
+    model = Branched()
+    model.left.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.left.register_forward_hook(lambda *_: calls.append("after"))
+    getter = IntermediateLayerGetter(model, ["left.0", "right"])
+    assert calls == []
+
+    getter(torch.rand(1, 4))
+    assert calls == ["before", "after"]
+
+
 def test_the_model_itself_still_runs_to_its_end() -> None:
     model = LooksAtValues()
     IntermediateLayerGetter(model, ["stem"])(torch.rand(1, 4))

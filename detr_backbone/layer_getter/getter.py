@@ -24,8 +24,9 @@ class IntermediateLayerGetter(nn.ModuleDict):
       dropped. Choices that the forward takes from attributes of its module are kept as they are now.
     - "hooks": the whole model is kept and its own forward runs, which is left when the last layer has returned. It is
       for forwards that no trace can hold: they look at values or shapes, differ between training and evaluation,
-      compute with buffers, or switch gradients or autocast. Parameters after the last layer stay and get no gradient:
-      freeze them for DistributedDataParallel, or let it find unused ones.
+      compute with buffers, switch gradients or autocast, or have hooks on a module around a layer that is asked for. Of
+      modules that are left before they return, forward hooks do not fire. Parameters after the last layer stay and get
+      no gradient: freeze them for DistributedDataParallel, or let it find unused ones.
 
     What is kept is shared with the model and has its state-dict keys. A layer called more than once gives its first
     output. An output that a later layer changes in place, such as nn.ReLU(inplace=True), is returned as changed, if

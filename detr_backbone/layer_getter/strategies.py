@@ -108,6 +108,10 @@ class OpenedModule(nn.Module):
         self._warn()
         return super().register_full_backward_hook(*args, **kwargs)
 
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._warn()
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
     def _warn(self) -> None:
         parts = ", ".join(name for name, _ in self.named_children())
         warnings.warn(f"this module is never called, since layers inside of it are: hook one of {parts}", stacklevel=3)

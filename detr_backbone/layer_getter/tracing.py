@@ -73,6 +73,10 @@ class _Tracer(fx.Tracer):
         return m not in self._around
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if m in self._around and (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        ):
+            raise Untraceable("a graph never calls the hooks of a module that it opens")
         output = super().call_module(m, forward, args, kwargs)
         if m in self._wanted:
             if not isinstance(output, fx.Proxy):
