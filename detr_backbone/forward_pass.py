@@ -76,8 +76,12 @@ def is_watched(network: nn.Module, *, own: Collection[Callable[..., Any]]) -> bo
         for module in network.modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ]
-    for_every_module = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-    return bool(for_every_module) or any(_function(hook) not in own for hook in hooks)
+    return has_global_hooks() or any(_function(hook) not in own for hook in hooks)
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks are registered for every module there is."""
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _function(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,7 +54,7 @@ class PositionEmbeddingSine(nn.Module):
         self.normalize = normalize
         self.scale = 2 * math.pi if scale is None else scale
         self.offset = offset
-        self._unpadded: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._unpadded: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, level: Batch | Tensor) -> Tensor:
         """Return encodings [B, 2P, h, w] in float32, rows first, of a level or its mask [B, h, w], True on padding.
@@ -69,13 +69,14 @@ class PositionEmbeddingSine(nn.Module):
         height, width = batch.mask.shape[1:]
         if torch.compiler.is_compiling():
             return self._encode(batch.mask.new_zeros(1, height, width)).expand(batch.mask.shape[0], -1, -1, -1)
-        geometry = (height, width, batch.mask.device)
-        if geometry not in self._unpadded:
+        options = (self.num_pos_feats, self.temperature, self.normalize, self.scale, self.offset)
+        key = (height, width, batch.mask.device, *options)
+        if key not in self._unpadded:
             if len(self._unpadded) >= _GEOMETRIES:
                 self._unpadded.pop(next(iter(self._unpadded)))
             with torch.inference_mode(mode=False):
-                self._unpadded[geometry] = self._encode(batch.mask.new_zeros(1, height, width))
-        return self._unpadded[geometry].expand(batch.mask.shape[0], -1, -1, -1)
+                self._unpadded[key] = self._encode(batch.mask.new_zeros(1, height, width))
+        return self._unpadded[key].expand(batch.mask.shape[0], -1, -1, -1)
 
     def _encode(self, mask: Tensor) -> Tensor:
         with torch.autocast(mask.device.type, enabled=False):

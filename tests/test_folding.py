@@ -325,6 +325,17 @@ def test_hooks_see_what_a_convolution_gives_and_its_gradient() -> None:
     torch.testing.assert_close(seen[1], output.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_hook_for_every_module_sees_what_a_convolution_gives() -> None:
+    backbone, images = tiny(), torch.randn(1, 3, 8, 8)
+    convolution, seen = backbone.body["0"], {}
+    handle = nn.modules.module.register_module_forward_hook(lambda module, _, output: seen.update({module: output}))
+    features(backbone, images)
+    handle.remove()
+
+    expected = F.conv2d(images, convolution.weight, convolution.bias, padding=1)
+    torch.testing.assert_close(seen[convolution], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_changed_network_stays_exact() -> None:
     backbone = tiny()
     backbone.body["2"] = nn.Conv2d(4, 4, 5, padding=2)  # nothing zeroes the padding before it

@@ -193,6 +193,15 @@ def test_few_geometries_are_kept_and_none_is_pickled() -> None:
     assert len(pickle.dumps(encode)) == size
 
 
+def test_an_encoding_follows_its_options() -> None:
+    encode, level = PositionEmbeddingSine(4, normalize=True), NestedTensor(torch.zeros(1, 1, 3, 5), None)
+    encode(level)
+    encode.offset, encode.temperature = -0.5, 20.0
+
+    expected = PositionEmbeddingSine(4, normalize=True, offset=-0.5, temperature=20.0)(level)
+    assert torch.equal(encode(level), expected)
+
+
 def test_encodings_kept_by_inference_serve_training() -> None:
     encode = PositionEmbeddingSine(num_pos_feats=16)
     with torch.inference_mode():

@@ -3,7 +3,8 @@
 Frozen BatchNorm is an affine map of each channel, so its scale goes into the convolution's weights and its shift into
 the bias. Within a backbone the weights are scaled anew in every pass, in training and in inference: whatever writes to
 them, nothing can be stale, and autograd sees through it. Parameters, buffers and state-dict keys stay those of the two
-layers. `fold_for_inference` folds once, for good.
+layers. A pair that a hook reaches into is not folded, so that hooks see what each layer gives. `fold_for_inference`
+folds once, for good.
 
 Source: arXiv 2305.11624, section 3, for folding while training.
 """

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
-from detr_backbone.forward_pass import Pass, PerThread
+from detr_backbone.forward_pass import Pass, PerThread, has_global_hooks
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 
 Structure: TypeAlias = tuple[tuple[Any, ...], ...]
@@ -16,7 +17,8 @@ def structure_of(network: nn.Module, passes: PerThread[Pass]) -> tuple[Structure
 
     The first is to be compared with itself later. It changes when a layer is added, removed, wrapped, or exchanged for
     one that computes something else or does not take part in the passes; not when weights change, and not when a layer
-    is parametrized, sharded or gets a hook. A hook between convolution and norm leaves out that pair alone.
+    is parametrized, sharded or gets a hook. A hook between convolution and norm leaves out that pair alone, and one for
+    every module all of them.
 
     Args:
         network: the network.
@@ -24,6 +26,8 @@ def structure_of(network: nn.Module, passes: PerThread[Pass]) -> tuple[Structure
     """
     norms: dict[str, FrozenBatchNorm2d | None] = {}
     structure = tuple(_entries("", network, passes, norms))
+    if not torch.compiler.is_compiling() and has_global_hooks():
+        return structure, {}
     return structure, {path: norm for path, norm in norms.items() if norm is not None}
 
 
