@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.coco.dataset import CocoDetection
@@ -179,7 +179,7 @@ class Run:
             f"{self.steps_per_epoch} steps per epoch"
         )
         self.log.say(describe_groups(self.learner.optimizer))
-        backbone = self.learner.model.backbone[0]
+        backbone: Any = self.learner.model.backbone[0]
         self.log.say(f"backbone: {describe_batching(backbone.batching, backbone.leak)}")
 
     def _begin(self, train_set: CocoDetection, previous: Checkpoint | None) -> None:
