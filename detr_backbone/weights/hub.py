@@ -1,12 +1,11 @@
 """Weights from the Hugging Face hub: safetensors of a named revision, never a pickle."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from detr_backbone.errors import ConfigError, WeightsError
-from detr_backbone.weights.read import file_sha256
+from detr_backbone.weights.read import file_sha256, read_index
 
 PREFIX = "hf-hub:"
 """Prefix of a repository on the hub: hf-hub:OWNER/NAME@REVISION."""
@@ -47,7 +46,10 @@ def hub_folder(name: str) -> Path:
                 f"repository holds no safetensors | where: url={_url(repository, revision, WEIGHTS)} | "
                 f"expected {WEIGHTS} or {INDEX}; a pickle is not taken from the network"
             ) from error
-        for shard in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+        for shard in read_index(path)[1]:
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
+                url = _url(repository, revision, INDEX)
+                raise WeightsError(f"index must name safetensors beside it | where: url={url} | got {shard!r}")
             _download(repository, revision, shard)
     with suppress(EntryNotFoundError):  # not every repository has one
         _download(repository, revision, "config.json")
