@@ -39,21 +39,29 @@ def hub_folder(name: str) -> Path:
     try:
         path = _download(repository, revision, WEIGHTS)
     except EntryNotFoundError:
-        try:
-            path = _download(repository, revision, INDEX)
-        except EntryNotFoundError as error:
-            raise WeightsError(
-                f"repository holds no safetensors | where: url={_url(repository, revision, WEIGHTS)} | "
-                f"expected {WEIGHTS} or {INDEX}; a pickle is not taken from the network"
-            ) from error
-        for shard in read_index(path)[1]:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
-                url = _url(repository, revision, INDEX)
-                raise WeightsError(f"index must name safetensors beside it | where: url={url} | got {shard!r}")
-            _download(repository, revision, shard)
+        path = _download_shards(repository, revision)
     with suppress(EntryNotFoundError):  # not every repository has one
         _download(repository, revision, "config.json")
     return path.parent
+
+
+def _download_shards(repository: str, revision: str) -> Path:
+    """Download an index and what it names, and return the index."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = _download(repository, revision, INDEX)
+    except EntryNotFoundError as error:
+        raise WeightsError(
+            f"repository holds no safetensors | where: url={_url(repository, revision, WEIGHTS)} | "
+            f"expected {WEIGHTS} or {INDEX}; a pickle is not taken from the network"
+        ) from error
+    for shard in read_index(index)[1]:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
+            url = _url(repository, revision, INDEX)
+            raise WeightsError(f"index must name safetensors beside it | where: url={url} | got {shard!r}")
+        _download(repository, revision, shard)
+    return index
 
 
 def _download(repository: str, revision: str, filename: str) -> Path:
