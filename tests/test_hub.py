@@ -155,10 +155,11 @@ def test_shards_are_downloaded_with_their_index(hub: Hub, tmp_path: Path) -> Non
     [
         ('{"weight_map": {"conv.weight": "pytorch_model.bin"}}', r"must name safetensors .* got 'pytorch_model\.bin'"),
         ('{"weight_map": {"a": "../x.safetensors"}}', r"must name safetensors .* got '\.\./x\.safetensors'"),
+        ('{"weight_map": {"a": "lost.safetensors"}}', r"url=.*/lost\.safetensors \| got no such file"),
         ("{}", "index cannot be read"),
     ],
 )
-def test_an_index_that_names_no_safetensors_is_refused(hub: Hub, index: str, message: str) -> None:
+def test_an_index_that_does_not_lead_to_safetensors_is_refused(hub: Hub, index: str, message: str) -> None:
     hub.add("owner/name", "model.safetensors.index.json", index.encode())
     hub.add("owner/name", "pytorch_model.bin", b"a pickle")
     with pytest.raises(WeightsError, match=message) as error:

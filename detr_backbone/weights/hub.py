@@ -60,7 +60,10 @@ def _download_shards(repository: str, revision: str) -> Path:
         if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
             url = _url(repository, revision, INDEX)
             raise WeightsError(f"index must name safetensors beside it | where: url={url} | got {shard!r}")
-        _download(repository, revision, shard)
+        try:
+            _download(repository, revision, shard)
+        except EntryNotFoundError as error:
+            raise _failure(_url(repository, revision, shard), "no such file, though the index names it") from error
     return index
 
 
