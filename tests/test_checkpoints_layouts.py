@@ -136,6 +136,21 @@ def test_another_detector_is_named_by_its_keys() -> None:
         find_detector_layout({"roi_heads.w": torch.ones(1)})
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "module.transformer.decoder.layers.0.sa_qcontent_proj.weight",  # Conditional, DAB and DN DETR
+        "model.decoder.layers.0.ca_qcontent_proj.weight",  # Conditional DETR of transformers
+        "model.decoder.layers.0.self_attn.self_attn_query_content_proj.weight",  # DAB-DETR of transformers
+    ],
+)
+def test_a_relative_of_detr_is_named_before_anything_is_renamed(key: str) -> None:
+    with pytest.raises(
+        WeightsError, match=r"got those of Conditional, DAB or DN DETR .* `detector\.backbone\.weights`"
+    ):
+        find_detector_layout([key.partition("decoder")[0] + "encoder.layers.0.norm1.bias", key])
+
+
 # Against transformers itself, where it is installed: too large for every test run.
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

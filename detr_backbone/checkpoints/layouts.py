@@ -48,6 +48,11 @@ def find_detector_layout(keys: Iterable[str]) -> Layout:
     "original names behind 'detr.', torchvision backbone"
     """
     keys = list(keys)
+    if any(_CONDITIONAL.search(key) for key in keys):
+        raise WeightsError(
+            "weights must be of DETR or Deformable DETR, got those of Conditional, DAB or DN DETR | fix: their "
+            "backbone alone is read by `detector.backbone.weights`"
+        )
     for key in keys:
         m = re.match(r"(|.*?\.)(transformer|model)\.encoder\.layers\.0\.", key)
         if m is None:
@@ -95,6 +100,8 @@ def is_deformable(keys: Iterable[str]) -> bool:
 
 
 _BODY = "backbone.0.body."
+_CONDITIONAL = re.compile(r"\.decoder\.layers\.0\..*q(|_|uery_)content_proj\.")
+"""Attention with projections of their own for content and position. Source: arXiv 2108.06152."""
 _LAYER = re.compile(r"(?:model|transformer)\.(encoder|decoder)\.layers\.\d+\.")
 
 
