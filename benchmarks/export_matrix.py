@@ -79,10 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "DETR, ResNet-50, zeros as padding, masks": (detector("detr", padding="zeros"), True),
     "Deformable DETR, ResNet-50": (detector("deformable_detr"), False),
     "Deformable DETR, ResNet-50, masks": (detector("deformable_detr"), True),
-    "Deformable DETR, ResNet-18, two-stage, 2 + 2 layers": (
-        detector("deformable_detr", network="resnet18", layers=2, two_stage=True),
-        False,
-    ),
+    "Deformable DETR, ResNet-50, two-stage": (detector("deformable_detr", two_stage=True), False),
 }
 """Row -> what builds the model, and whether its graph takes masks."""
 

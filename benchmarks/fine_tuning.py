@@ -3,8 +3,8 @@
     python benchmarks/fine_tuning.py FOLDER
 
 Trains a small Deformable DETR on drawn ellipses, rectangles, triangles and stars, then on few pictures of hexagons and
-crosses: from scratch, and from the first detector with everything training, with a frozen backbone, and with a rate of
-the backbone that is a tenth.
+crosses: from scratch, and from the first detector with everything training, with a frozen backbone, with a rate of the
+backbone that is a tenth, and with one that falls from layer to layer.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def main() -> None:
         "fine-tuned": start,
         "fine-tuned, frozen backbone": replace(start, detector=detector(train_layers=())),
         "fine-tuned, backbone at a tenth": replace(start, optimizer=replace(rates, lr_backbone=5e-5)),
+        "fine-tuned, layer-wise rates": replace(start, optimizer=replace(rates, layer_decay=0.7)),
     }
     for name, config in runs.items():
         output = folder / name.replace(" ", "_").replace(",", "")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detr_backbone import Backbone, FrozenBatchNorm2d
+from detr_backbone import Backbone, FrozenBatchNorm2d, fold_for_inference
 from detr_backbone.adapters.hugging_face import ConvEncoder, replace_backbone
 from detr_backbone.errors import ConfigError
 from tests.processes import ROOT
@@ -111,7 +111,7 @@ def test_a_training_step_has_the_loss_and_the_gradients_of_their_own_backbone(mo
     expected, expected_gradients = training_step(theirs)
 
     print(f"{type(ours).__name__}: loss {expected:.4f}, difference {abs(loss - expected):.1e}")
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     norm, expected_norm = (
         torch.stack([g.norm() for g in each.values()]).norm() for each in (gradients, expected_gradients)
@@ -158,6 +158,20 @@ def test_a_copy_of_our_model_has_a_backbone_of_its_own(models: tuple[Any, Any]) 
     twin.load_state_dict({key: tensor * 0.5 for key, tensor in twin.state_dict().items()})
     assert not torch.equal(twin(**images).logits, expected)
     torch.testing.assert_close(ours(**images).logits, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_our_model_is_folded_for_inference(models: tuple[Any, Any]) -> None:
+    images = {key: value for key, value in batch().items() if key != "labels"}
+    ours = copy.deepcopy(models[1]).eval()
+    expected = ours(**images)
+    outputs = fold_for_inference(ours)(**images)
+
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in ours.modules())
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="folded for inference does not train"):
+        ours.train()
 
 
 @torch.no_grad()

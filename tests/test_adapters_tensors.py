@@ -241,7 +241,7 @@ def test_a_copy_of_a_traced_network_is_one_with_its_backbone() -> None:
     adapter = ListBackbone("resnet18", None, ["layer1.0"], ["layer1"])
     assert adapter.backbone.body.strategy == "graph"  # whose copies are built anew
     twin = copy.deepcopy(adapter)
-    fold_for_inference(twin.backbone)
+    fold_for_inference(twin)
 
     assert not any("running_mean" in key for key in twin.state_dict())
     assert any("running_mean" in key for key in adapter.state_dict())
@@ -282,13 +282,32 @@ def test_a_pyramid_is_saved_and_trained_too() -> None:
         torch.testing.assert_close(outputs(twin), outputs(adapter), rtol=0, atol=0)
 
 
-@torch.no_grad()
-def test_a_backbone_inside_is_folded_for_inference() -> None:
-    for adapter in (ListBackbone("resnet18"), DictBackbone(Backbone("resnet18", padding="zeros"))):
-        expected = outputs(adapter.eval())
-        fold_for_inference(adapter.backbone)
+def with_a_pyramid() -> Adapter:
+    pyramid = PyramidConfig(strides=(16, 32), channels=16)
+    return ListBackbone.from_backbone(Backbone("resnet18", return_layers=["layer4"], padding="zeros", pyramid=pyramid))
 
-        torch.testing.assert_close(outputs(adapter), expected, rtol=0, atol=1e-5)
-        assert not any("running_mean" in key for key in adapter.state_dict())
-        with pytest.raises(ConfigError, match="folded for inference does not train"):
-            adapter.train()
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ListBackbone("resnet18"),
+        lambda: TupleBackbone("resnet18"),
+        lambda: DictBackbone(Backbone("resnet18", padding="zeros")),
+        with_a_pyramid,
+    ],
+    ids=["list", "tuple", "dict", "pyramid"],
+)
+def test_a_backbone_in_an_adapter_is_folded_for_inference(build: Callable[[], Adapter], network: nn.Module) -> None:
+    adapter = build()
+    adapter.backbone.body.load_state_dict(network.state_dict(), strict=False)  # all but the classifier
+    expected = outputs(adapter.eval())
+    model = nn.Sequential(nn.Sequential(adapter))
+    assert fold_for_inference(model) is model
+
+    for got, wanted in zip(outputs(adapter), expected, strict=True):
+        assert relative_difference(got, wanted) < 1e-5
+    assert not any("running_mean" in key for key in (*adapter.state_dict(), *adapter.backbone.state_dict()))
+    assert not any(parameter.requires_grad for parameter in adapter.parameters())
+    with pytest.raises(ConfigError, match="folded for inference does not train"):
+        model.train()

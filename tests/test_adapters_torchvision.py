@@ -12,7 +12,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN as Their
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from detr_backbone import Backbone
+from detr_backbone import Backbone, fold_for_inference
 from detr_backbone.adapters.torchvision import BackboneWithFPN
 from detr_backbone.errors import ConfigError
 from detr_backbone.padding.exact import Padding
@@ -179,3 +179,21 @@ def test_a_copy_of_a_detector_takes_the_sizes_from_its_own_transform(copied: Any
 
     assert twin.backbone.backbone.body is twin.backbone.body
     assert twin.backbone.body is not backbone.body
+
+
+@torch.no_grad()
+def test_a_detector_is_folded_for_inference() -> None:
+    backbone = our_backbone(convolves=False, padding="exact")
+    model = detector("FasterRCNN", backbone).eval()
+    backbone.take_sizes_from(model.transform)
+    images, _ = data()
+    levels: list[dict[str, Tensor]] = []
+    backbone.register_forward_hook(lambda module, inputs, output: levels.append(output))
+    model(images)
+    fold_for_inference(model)(images)
+
+    assert not any("running_mean" in key for key in model.state_dict())
+    for name, level in levels[0].items():
+        torch.testing.assert_close(levels[1][name], level, rtol=0, atol=1e-5 * level.abs().max().item())
+    with pytest.raises(ConfigError, match="folded for inference does not train"):
+        model.train()

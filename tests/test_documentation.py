@@ -132,7 +132,7 @@ def test_the_lowest_versions_are_tested() -> None:
 
 def test_the_workflow_runs_the_script_on_every_version_of_python() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
-    (job,) = workflow["jobs"].values()
+    job = workflow["jobs"]["run"]
     matrix = job["strategy"]["matrix"]
     versions = re.findall(r"Python :: (3\.\d+)", setup()["metadata"]["classifiers"])
 
@@ -141,6 +141,16 @@ def test_the_workflow_runs_the_script_on_every_version_of_python() -> None:
     assert {"python": versions[0], "constraint": ".ci/lowest.txt"} in matrix["include"]
     assert {"python": versions[-1], "arguments": "--cov"} in matrix["include"]
     assert job["steps"][-1] == {"run": ".ci/run ${{ matrix.arguments }}"}
+
+
+def test_the_workflow_runs_the_tests_that_need_what_is_no_test_dependency() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    command = workflow["jobs"]["transformers"]["steps"][-1]["run"]
+    line = re.compile(r"^ *(transformers|peft) = pytest\.importorskip", re.MULTILINE)
+    needing = {f"tests/{path.name}" for path in ROOT.glob("tests/test_*.py") if line.search(text_of(path))}
+
+    assert needing
+    assert set(command.split()) >= needing
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,25 @@ def test_shards_are_downloaded_with_their_index(hub: Hub, tmp_path: Path) -> Non
     assert read_weights(hub_folder("owner/name@main")).tensors.keys() == STATE.keys()
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"conv.weight": "pytorch_model.bin"}}', r"must name safetensors .* got 'pytorch_model\.bin'"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', r"must name safetensors .* got '\.\./x\.safetensors'"),
+        ('{"weight_map": {"a": "lost.safetensors"}}', r"url=.*/lost\.safetensors \| got no such file"),
+        ("{}", "index cannot be read"),
+    ],
+)
+def test_an_index_that_does_not_lead_to_safetensors_is_refused(hub: Hub, index: str, message: str) -> None:
+    hub.add("owner/name", "model.safetensors.index.json", index.encode())
+    hub.add("owner/name", "pytorch_model.bin", b"a pickle")
+    with pytest.raises(WeightsError, match=message) as error:
+        hub_folder("owner/name@main")
+
+    assert "\n" not in str(error.value)
+    assert hub.downloads == ["model.safetensors.index.json"]
+
+
 def test_a_repository_of_pickles_is_refused(hub: Hub) -> None:
     hub.add("owner/name", "pytorch_model.bin", b"a pickle")
     with pytest.raises(WeightsError, match=r"holds no safetensors .* url=http://.*/owner/name/resolve/main/model"):

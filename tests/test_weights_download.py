@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from detr_backbone.errors import WeightsError
+from detr_backbone.training import parse_config
 from detr_backbone.weights import download as module
 from detr_backbone.weights.download import download
 from detr_backbone.weights.locate import locate_weights
@@ -196,5 +197,10 @@ def test_a_file_that_only_a_person_can_fetch_is_asked_for(tmp_path: Path, monkey
 
 def test_every_published_file_says_where_it_is_and_has_its_recipe() -> None:
     for name, published in ZOO.items():
+        config = parse_config(["--config", str(ROOT / "configs" / published.config), *published.options])
+        backbone = config.detector.backbone
+
         assert (published.url is None) != (published.page == ""), name
-        assert published.config is None or (ROOT / "configs" / published.config).is_file(), name
+        assert (backbone.name, backbone.dilation) == (published.network, published.dilation), name
+        assert config.detector.name == ("deformable_detr" if name.startswith("deformable") else "detr")
+        assert (config.detector.num_feature_levels == 1) == ("single_scale" in name), name

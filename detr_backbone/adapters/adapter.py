@@ -36,11 +36,13 @@ class Adapter(nn.Module):
 
     @property
     def backbone(self) -> BackboneBase:
-        """The backbone that runs, with its strides and channels; `fold_for_inference` takes it."""
+        """The backbone that runs, with its strides and channels."""
         return self._unregistered[0]
 
     def train(self, mode: bool = True) -> Self:
         self.backbone.train(mode)
+        if not self._body_path:  # `fold_for_inference`, which sets the mode last, exchanges layers of the network
+            self._modules.update(self.backbone.body._modules)
         return super().train(mode)
 
     def _register(self) -> None:

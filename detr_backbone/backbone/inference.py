@@ -20,14 +20,16 @@ def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Mod
     weights are loaded before; parameters are frozen, and training is refused.
 
     Args:
-        model: a BackboneBase, or what holds some, such as a detector; it is changed in place.
+        model: a BackboneBase, or what holds some, such as a detector; it is changed in place. What runs a backbone that
+            it does not register, as adapters do, has it as its attribute `backbone`.
         dtype: of the folded weights, such as torch.bfloat16 to run under autocast of that dtype, which then has nothing
             to convert; left out, that of the weights.
 
     Raises:
         ConfigError: there is no backbone in the model, or its layers were changed after it was built.
     """
-    backbones = [module for module in model.modules() if isinstance(module, BackboneBase)]
+    holders = [getattr(module, "backbone", module) for module in model.modules()]
+    backbones = [module for module in holders if isinstance(module, BackboneBase)]
     if not backbones:
         raise ConfigError(f"`model` must hold a backbone, got {type(model).__name__} without any")
     for backbone in backbones:

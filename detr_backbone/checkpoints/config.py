@@ -66,6 +66,8 @@ def detector_config(source: DetectorFile, *, padding: Padding = "exact") -> Dete
         return _config(state, told, num_classes=source.num_classes, padding=padding)
     except KeyError as error:
         raise WeightsError(f"weights lack a tensor | where: file={source.file.path} key={error.args[0]}") from error
+    except WeightsError as error:
+        raise WeightsError(f"{error} | where: file={source.file.path}") from error
 
 
 def _config(

@@ -48,6 +48,11 @@ def find_detector_layout(keys: Iterable[str]) -> Layout:
     "original names behind 'detr.', torchvision backbone"
     """
     keys = list(keys)
+    if any(_CONDITIONAL.search(key) for key in keys):
+        raise WeightsError(
+            "weights must be of DETR or Deformable DETR, got those of Conditional, DAB or DN DETR | fix: their "
+            "backbone alone is read by `detector.backbone.weights`"
+        )
     for key in keys:
         m = re.match(r"(|.*?\.)(transformer|model)\.encoder\.layers\.0\.", key)
         if m is None:
@@ -71,19 +76,18 @@ def to_original(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor
     if layout.names != "original":
         inner = _from_huggingface(inner, deformable=is_deformable(state))
     if layout.resnet == "detectron2":  # facebookresearch/detr's wrapper for it
-        inner = {re.sub(r"^backbone\.0\.backbone\.", "backbone.0.body.", key): t for key, t in inner.items()}
+        inner = {re.sub(r"^backbone\.0\.backbone\.", _BODY, key): t for key, t in inner.items()}
     return to_torchvision(inner, layout.resnet) | outer
 
 
 def from_original(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Return a detector's tensors under the names of a layout; the inverse of `to_original`."""
-    body = "backbone.0.body."
-    resnet = {key: tensor for key, tensor in state.items() if key.startswith(body)}
+    resnet = {key: tensor for key, tensor in state.items() if key.startswith(_BODY)}
     rest = {key: tensor for key, tensor in state.items() if key not in resnet}
     # The names of a stem and of blocks occur in transformers too, so only the backbone is renamed.
     renamed = from_torchvision(resnet, layout.resnet)
     if layout.resnet == "detectron2":
-        renamed = {key.replace(body, "backbone.0.backbone.", 1): tensor for key, tensor in renamed.items()}
+        renamed = {key.replace(_BODY, "backbone.0.backbone.", 1): tensor for key, tensor in renamed.items()}
     inner = rest | renamed
     if layout.names != "original":
         inner = _to_huggingface(inner, deformable=is_deformable(state), in_memory=layout.names == "huggingface_modules")
@@ -95,14 +99,10 @@ def is_deformable(keys: Iterable[str]) -> bool:
     return any(key.endswith("sampling_offsets.weight") for key in keys)
 
 
-_NORMS = {
-    # (deformable, which transformer) -> its norms in the order in which the original numbers them, from 1
-    (False, "encoder"): ("self_attn_layer_norm", "final_layer_norm"),
-    (True, "encoder"): ("self_attn_layer_norm", "final_layer_norm"),
-    (False, "decoder"): ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-    (True, "decoder"): ("encoder_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm"),
-}
-_LAYER = r"(encoder|decoder)\.layers\.(\d+)\."
+_BODY = "backbone.0.body."
+_CONDITIONAL = re.compile(r"\.decoder\.layers\.0\..*q(|_|uery_)content_proj\.")
+"""Attention with projections of their own for content and position. Source: arXiv 2108.06152."""
+_LAYER = re.compile(r"(?:model|transformer)\.(encoder|decoder)\.layers\.\d+\.")
 
 
 def _from_huggingface(state: Mapping[str, Tensor], *, deformable: bool) -> dict[str, Tensor]:
@@ -122,35 +122,6 @@ def _from_huggingface(state: Mapping[str, Tensor], *, deformable: bool) -> dict[
     return renamed
 
 
-def _name_from_huggingface(key: str, *, deformable: bool) -> str:
-    key = re.sub(r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone.0.body.", key)
-    if key.startswith("backbone.0.body."):
-        return key
-    key = re.sub(r"^model\.(?:backbone\.)?position_embedding\.(row|column)_embeddings\.", _learned_position, key)
-    if not deformable:
-        key = re.sub(r"^class_labels_classifier\.", "class_embed.", key)
-        key = re.sub(r"^bbox_predictor\.", "bbox_embed.", key)
-        key = re.sub(r"^model\.input_projection\.", "input_proj.", key)
-    key = re.sub(r"^model\.query_position_embeddings\.", "query_embed.", key)
-    key = re.sub(r"^model\.input_proj\.", "input_proj.", key)
-    key = re.sub(r"^model\.", "transformer.", key)
-    key = re.sub(r"^transformer\.(encoder|decoder)\.layernorm\.", r"transformer.\1.norm.", key)
-    m = re.match(rf"transformer\.{_LAYER}(.+)$", key)
-    if m is None:
-        return key
-    which, layer, rest = m.groups()
-    rest = re.sub(r"^(?:mlp\.)?fc([12])\.", r"linear\1.", rest)
-    rest = re.sub(r"^encoder_attn\.", "cross_attn." if deformable else "multihead_attn.", rest)
-    rest = rest.replace("_attn.o_proj.", "_attn.out_proj.")
-    for number, norm in enumerate(_NORMS[deformable, which], start=1):
-        rest = re.sub(rf"^{norm}\.", f"norm{number}.", rest)
-    return f"transformer.{which}.layers.{layer}.{rest}"
-
-
-def _learned_position(match: re.Match[str]) -> str:
-    return "backbone.1.row_embed." if match[1] == "row" else "backbone.1.col_embed."
-
-
 def _to_huggingface(state: Mapping[str, Tensor], *, deformable: bool, in_memory: bool) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -161,28 +132,64 @@ def _to_huggingface(state: Mapping[str, Tensor], *, deformable: bool, in_memory:
     return renamed
 
 
+def _name_from_huggingface(key: str, *, deformable: bool) -> str:
+    layer = _LAYER.match(key)
+    start, rest = (layer[0], key.removeprefix(layer[0])) if layer else ("", key)
+    pairs = [(their, ours) for ours, theirs in _names(deformable, layer and layer[1]) for their in theirs]
+    return start.replace("model.", "transformer.", 1) + _rename(rest, pairs)
+
+
 def _name_to_huggingface(key: str, *, deformable: bool, in_memory: bool) -> str:
-    body = "backbone.0.body."
-    if key.startswith(body):
-        return f"model.backbone.{'' if in_memory else 'conv_encoder.'}model.{key.removeprefix(body)}"
-    key = re.sub(r"^backbone\.1\.row_embed\.", "model.position_embedding.row_embeddings.", key)
-    key = re.sub(r"^backbone\.1\.col_embed\.", "model.position_embedding.column_embeddings.", key)
-    if not deformable:
-        key = re.sub(r"^class_embed\.", "class_labels_classifier.", key)
-        key = re.sub(r"^bbox_embed\.", "bbox_predictor.", key)
-        key = re.sub(r"^input_proj\.", "model.input_projection.", key)
-    key = re.sub(r"^query_embed\.", "model.query_position_embeddings.", key)
-    key = re.sub(r"^input_proj\.", "model.input_proj.", key)
-    key = re.sub(r"^transformer\.", "model.", key)
-    key = re.sub(r"^model\.(encoder|decoder)\.norm\.", r"model.\1.layernorm.", key)
-    m = re.match(rf"model\.{_LAYER}(.+)$", key)
-    if m is None:
-        return key
-    which, layer, rest = m.groups()
-    rest = re.sub(r"^linear([12])\.", r"mlp.fc\1." if in_memory else r"fc\1.", rest)
-    rest = re.sub(r"^(cross_attn|multihead_attn)\.", "encoder_attn.", rest)
-    if in_memory:
-        rest = rest.replace("_attn.out_proj.", "_attn.o_proj.")
-    for number, norm in enumerate(_NORMS[deformable, which], start=1):
-        rest = re.sub(rf"^norm{number}\.", f"{norm}.", rest)
-    return f"model.{which}.layers.{layer}.{rest}"
+    layer = _LAYER.match(key)
+    start, rest = (layer[0], key.removeprefix(layer[0])) if layer else ("", key)
+    pairs = [(ours, theirs[-1 if in_memory else 0]) for ours, theirs in _names(deformable, layer and layer[1])]
+    return start.replace("transformer.", "model.", 1) + _rename(rest, pairs)
+
+
+def _names(deformable: bool, transformer: str | None) -> list[tuple[str, tuple[str, ...]]]:
+    """Return what original names begin with, and what stands for it in transformers: the first that fits counts.
+
+    Of several names in transformers, the first is that of its files and the last that of its modules.
+
+    Args:
+        deformable: of Deformable DETR.
+        transformer: within a layer of the "encoder" or "decoder"; None outside of them.
+    """
+    if transformer is None:
+        names: list[tuple[str, tuple[str, ...]]] = [
+            (_BODY, ("model.backbone.conv_encoder.model.", "model.backbone.model.")),
+            ("query_embed.", ("model.query_position_embeddings.",)),
+            ("transformer.encoder.norm.", ("model.encoder.layernorm.",)),
+            ("transformer.decoder.norm.", ("model.decoder.layernorm.",)),
+        ]
+        for ours, theirs in (("row_embed.", "row_embeddings."), ("col_embed.", "column_embeddings.")):
+            now, before_version_5 = f"model.position_embedding.{theirs}", f"model.backbone.position_embedding.{theirs}"
+            names.append((f"backbone.1.{ours}", (now, before_version_5, now)))
+        if deformable:
+            names.append(("input_proj.", ("model.input_proj.",)))
+        else:
+            names += [
+                ("input_proj.", ("model.input_projection.",)),
+                ("class_embed.", ("class_labels_classifier.",)),
+                ("bbox_embed.", ("bbox_predictor.",)),
+            ]
+        return [*names, ("transformer.", ("model.",))]
+    cross = "cross_attn." if deformable else "multihead_attn."
+    norms = ["self_attn_layer_norm."]
+    if transformer == "decoder":  # Deformable DETR numbers the norm behind cross-attention first
+        norms.insert(0 if deformable else 1, "encoder_attn_layer_norm.")
+    return [
+        ("linear1.", ("fc1.", "mlp.fc1.")),
+        ("linear2.", ("fc2.", "mlp.fc2.")),
+        ("self_attn.out_proj.", ("self_attn.out_proj.", "self_attn.o_proj.")),
+        (f"{cross}out_proj.", ("encoder_attn.out_proj.", "encoder_attn.o_proj.")),
+        (cross, ("encoder_attn.",)),
+        *((f"norm{number}.", (norm,)) for number, norm in enumerate([*norms, "final_layer_norm."], start=1)),
+    ]
+
+
+def _rename(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key

@@ -1,12 +1,11 @@
 """Weights from the Hugging Face hub: safetensors of a named revision, never a pickle."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from detr_backbone.errors import ConfigError, WeightsError
-from detr_backbone.weights.read import file_sha256
+from detr_backbone.weights.read import file_sha256, read_index
 
 PREFIX = "hf-hub:"
 """Prefix of a repository on the hub: hf-hub:OWNER/NAME@REVISION."""
@@ -40,18 +39,32 @@ def hub_folder(name: str) -> Path:
     try:
         path = _download(repository, revision, WEIGHTS)
     except EntryNotFoundError:
-        try:
-            path = _download(repository, revision, INDEX)
-        except EntryNotFoundError as error:
-            raise WeightsError(
-                f"repository holds no safetensors | where: url={_url(repository, revision, WEIGHTS)} | "
-                f"expected {WEIGHTS} or {INDEX}; a pickle is not taken from the network"
-            ) from error
-        for shard in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
-            _download(repository, revision, shard)
+        path = _download_shards(repository, revision)
     with suppress(EntryNotFoundError):  # not every repository has one
         _download(repository, revision, "config.json")
     return path.parent
+
+
+def _download_shards(repository: str, revision: str) -> Path:
+    """Download an index and what it names, and return the index."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = _download(repository, revision, INDEX)
+    except EntryNotFoundError as error:
+        raise WeightsError(
+            f"repository holds no safetensors | where: url={_url(repository, revision, WEIGHTS)} | "
+            f"expected {WEIGHTS} or {INDEX}; a pickle is not taken from the network"
+        ) from error
+    for shard in read_index(index)[1]:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
+            url = _url(repository, revision, INDEX)
+            raise WeightsError(f"index must name safetensors beside it | where: url={url} | got {shard!r}")
+        try:
+            _download(repository, revision, shard)
+        except EntryNotFoundError as error:
+            raise _failure(_url(repository, revision, shard), "no such file, though the index names it") from error
+    return index
 
 
 def _download(repository: str, revision: str, filename: str) -> Path:

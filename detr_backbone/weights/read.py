@@ -71,6 +71,19 @@ def read_weights(path: Path | str) -> WeightsFile:
     return WeightsFile(path=path, sha256=sha256, inside=inside, tensors=_unwrap_names(tensors), extras=extras)
 
 
+def read_index(index: Path) -> tuple[Mapping[str, str], list[str]]:
+    """Return the shard of each tensor, and the shards, of a `.index.json` beside them.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return weight_map, sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"weights index cannot be read | where: file={index} | got {_line(error)}") from error
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
@@ -154,11 +167,7 @@ def _harmless_globals() -> list[Any]:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"weights index cannot be read | where: file={index} | got {_line(error)}") from error
+    weight_map, names = read_index(index)
     digest = hashlib.sha256(index.read_bytes())
     tensors: dict[str, Tensor] = {}
     for name in names:
