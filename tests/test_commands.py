@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_backbone.commands.__main__ import COMMANDS
 from detr_backbone.commands.command_line import Command
+from detr_backbone.commands.program import COMMANDS
 from tests.processes import ROOT, Ended
 from tests.processes import Command as Process
 
@@ -379,8 +379,9 @@ def test_a_console_that_cannot_show_a_name_costs_no_numbers(process: Process, fo
     assert "train\\xe9" in result.stderr
 
 
-def test_ctrl_c_while_torch_is_imported_is_one_line(process: Process, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [("-m", "detr_backbone_cli"), ("-c", "from detr_backbone_cli import main; main([])")])
+def test_ctrl_c_while_torch_is_imported_is_one_line(process: Process, tmp_path: Path, words: tuple[str, str]) -> None:
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nassert False")
-    result = process(tmp_path, "-c", "from detr_backbone_cli import main; main([])", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    result = process(tmp_path, *words, PYTHONPATH=f"{tmp_path}:{ROOT}")
 
     assert (result.returncode, result.stderr) == (130, "error: interrupted\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
-from detr_backbone.commands.__main__ import COMMANDS, main
+from detr_backbone.commands.program import COMMANDS, main
 from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
