@@ -117,6 +117,8 @@ def output_folder(path: str, *, option: str = "output") -> Path:
     Raises:
         ConfigError: it cannot be one, or nothing can be written there.
     """
+    if not path:
+        raise ConfigError(f"`--{option}` must be a folder to write into, got ''")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
