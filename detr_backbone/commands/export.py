@@ -34,7 +34,7 @@ def main(
         calibration: for int8, what ranges are measured on; the training split of the checkpoint if left out.
         validation: for int8, what AP is measured on; the validation split of the checkpoint if left out.
         calibration_images: for int8, how many images of `calibration` are taken, at random with a fixed seed.
-        max_loss: for int8, by how much AP may fall, 0 to 1.
+        max_loss: for int8, by how much AP may fall, as a fraction: 0.01 is one point.
         allow_loss: for int8, keep the file whatever AP it has.
     """
     output_file(output)
