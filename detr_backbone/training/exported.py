@@ -187,8 +187,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"AP {100 * self.ap.a:.2f} in float32 (A), {100 * self.ap.b:.2f} in int8 (B), on {self.images} images of {self.of}: "
-            f"{self.ap.sentence('AP')}"
+            f"AP {100 * self.ap.a:.2f} in float32 (A), {100 * self.ap.b:.2f} in int8 (B), on {self.images} images of "
+            f"{self.of}: {self.ap.sentence('AP')}"
         )
 
 
@@ -237,8 +237,9 @@ def quantize_detector(
         costs.append(cost)
         if cost.ap.a - cost.ap.b > max_loss and not allow_loss:
             raise ExportError(
-                f"int8 loses too much, and is not kept | where: file={path} key=AP | got {100 * cost.ap.b:.2f} expected "
-                f"at least {100 * cost.ap.a:.2f} - {100 * max_loss:g} | fix: calibrate on more images, or allow the loss"
+                f"int8 loses too much, and is not kept | where: file={path} key=AP | got {100 * cost.ap.b:.2f} "
+                f"expected at least {100 * cost.ap.a:.2f} - {100 * max_loss:g} | fix: calibrate on more images, or "
+                "allow the loss"
             )
         return cost.to_dict()
 
