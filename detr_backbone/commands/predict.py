@@ -121,7 +121,9 @@ def main(
         from detr_backbone.visualize.fonts import names_without_font
 
         if unreadable := names_without_font(predictor.categories.values()):
-            print(f"no font has the characters of {unreadable}, which are drawn as boxes: install Noto Sans CJK")
+            print(
+                f"no font has the characters of {unreadable}, which are drawn as boxes: install one, such as Noto Sans CJK"
+            )
     return 1 if run.skipped else 0
 
 
