@@ -118,12 +118,10 @@ def main(
         )
     print(run.summary())
     if pictures != "none":
-        from detr_backbone.visualize.fonts import names_without_font
+        from detr_backbone.visualize.fonts import font_warning
 
-        if unreadable := names_without_font(predictor.categories.values()):
-            print(
-                f"no font has the characters of {unreadable}, which are drawn as boxes: install one, such as Noto Sans CJK"
-            )
+        if warning := font_warning(predictor.categories.values()):
+            print(warning)
     return 1 if run.skipped else 0
 
 
