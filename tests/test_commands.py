@@ -342,6 +342,11 @@ def test_the_help_fits_a_screen_and_shows_a_command_that_works(
     assert [option for option in options if option not in everything] == []
 
 
+def test_the_help_says_what_a_group_of_options_is_for_and_shows_numbers_as_people_write_them(command: Run) -> None:
+    assert re.search(r"--calibration\.KEY +for int8, what ranges are", command(ROOT, "export", "--help").out)
+    assert "0.85, 0.9," in " ".join(command(ROOT, "evaluate", "--help").out.split())
+
+
 def test_the_overview_names_every_command(command: Run) -> None:
     ended = command(ROOT, "--help")
 
