@@ -10,6 +10,7 @@ from torch import nn
 
 from detr_backbone.backbone import fold_for_inference
 from detr_backbone.coco.annotations import load_annotations
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.commands.command_line import Command, output_folder, require
@@ -193,8 +194,10 @@ def _detect(
     else:
         model, _, categories = opened
         if dataset.categories != categories:
+            got, expected = different_categories(dataset.categories, categories)
             raise ConfigError(
-                f"the dataset must have the categories of the checkpoint, {categories}, got {dataset.categories}"
+                f"the categories must be the detector's | where: file={split.annotations} key=categories | got {got} "
+                f"expected {expected}"
             )
     exported = isinstance(model, ExportedDetector)
     if opened is not None and not exported:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.coco.findings import KINDS
 from detr_backbone.coco.image_files import examine_files
 from detr_backbone.coco.images import readable_formats
@@ -104,9 +105,10 @@ def read_image_list(folder: Path | str, annotations: Path | str, categories: Map
     listed: CocoAnnotations = parse_annotations(content, source=str(annotations))
     own = dict(zip(listed.category_ids, listed.category_names, strict=True))
     if own != dict(categories):
+        got, expected = different_categories(own, categories)
         raise ConfigError(
-            f"the categories must be the detector's | where: file={annotations} key=categories | got {own} expected "
-            f"{dict(categories)}"
+            f"the categories must be the detector's | where: file={annotations} key=categories | got {got} expected "
+            f"{expected}"
         )
     names = listed.file_names.tolist()
     skipped = {name: "missing" for name in names if not (Path(folder) / name).is_file()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
 from detr_backbone.weights.hub import PREFIX
@@ -178,7 +179,8 @@ def refuse_another_run(
                 f"{saved.get(key)!r} as in the checkpoint | fix: take its value, or start a run of its own"
             )
     if categories != checkpoint.categories:
-        raise CheckpointError(f"a resumed run keeps its categories | got {categories} expected {checkpoint.categories}")
+        got, expected = different_categories(categories, checkpoint.categories)
+        raise CheckpointError(f"a resumed run keeps its categories | got {got} expected {expected}")
     for split, sha256 in data.items():
         if checkpoint.data.get(split, sha256) != sha256:
             raise CheckpointError(
