@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -324,6 +325,28 @@ def test_a_run_without_a_validation_split_needs_no_more_than_to_leave_it_out(com
 
     assert ended.code == 0, ended.err
     assert "4 images to train on, nothing to evaluate" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "extra"),
+    [
+        *(("train", library, "train") for library in ("accelerate", "rich")),
+        ("evaluate", "accelerate", "train"),
+        ("predict", "matplotlib", "train"),
+        *(("inspect", library, "train") for library in ("rich", "matplotlib")),
+        ("convert-data", "hotcoco", "convert"),
+    ],
+)
+def test_a_missing_library_is_one_line_before_any_work(
+    name: str, library: str, extra: str, command: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    ended = command(folder, name, *shlex.split(VALID[name]), "--output_dir" if name == "train" else "--output", "lacks")
+
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f'error: `{library}` is not installed | fix: pip install "detr_backbone[{extra}]"\n'
+    assert not (folder / "lacks").is_file()
+    assert list((folder / "lacks").glob("*")) == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -66,7 +66,7 @@ def convert_dataset(
     try:
         import hotcoco
     except ImportError as error:
-        raise ConfigError('hotcoco is not installed | fix: pip install "detr_backbone[convert]"') from error
+        raise ConfigError('`hotcoco` is not installed | fix: pip install "detr_backbone[convert]"') from error
     if layout == "cvat" and split is not None:
         raise ConfigError(f"`split` is that of a YOLO or VOC dataset; an export of CVAT has none, got {split!r}")
     if layout == "yolo" and split is None:
