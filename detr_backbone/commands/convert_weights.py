@@ -4,7 +4,7 @@ from pathlib import Path
 
 from detr_backbone.checkpoints.layouts import Names
 from detr_backbone.checkpoints.write import convert_weights, write_weights
-from detr_backbone.commands.command_line import Command, output_file
+from detr_backbone.commands.command_line import Command, output_file, require
 from detr_backbone.errors import ConfigError
 from detr_backbone.networks.build import build_network
 from detr_backbone.weights.locate import locate_weights
@@ -32,6 +32,8 @@ def main(
             names of its own, which are then written; for libraries whose names are not known here.
     """
     file = output_file(output)
+    if file.suffix == ".safetensors":
+        require("safetensors", extra="hub")
     path = locate_weights(source).path
     if file.resolve() == Path(path).resolve():
         raise ConfigError(f"`--output` must be another file than the source, got {output}")
