@@ -148,9 +148,17 @@ def main(
             intervals=confidence,
             training_curves=_curves_of(checkpoint),
         )
-    print(result.table(confidence))
+    print(result.table(confidence) + _images_without_detections(evaluator, detections))
     if report is not None:
         print(f"report: {page}")
+
+
+def _images_without_detections(evaluator: CocoEvaluator, file: str | None) -> str:
+    """Return a line on the images that a file of detections does not name; empty for none, and without a file."""
+    missing = len(evaluator.image_ids) - len({one["image_id"] for one in evaluator.detections})
+    if file is None or not missing:
+        return ""
+    return f"\n{file} has no detection in {missing} of {len(evaluator.image_ids)} images, which count all the same"
 
 
 def _curves_of(checkpoint: str | None) -> Path | None:
