@@ -1,12 +1,15 @@
 """Every command with every kind of wrong argument: one line, the right exit code, no traceback, nothing written."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -428,6 +431,19 @@ def test_a_console_that_cannot_show_a_name_costs_no_numbers(process: Process, fo
 
     assert result.returncode == 2
     assert "train\\xe9" in result.stderr
+
+
+def test_an_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    help_of_all = [sys.executable, "-m", "detr_backbone_cli", "--help"]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "check": False}
+    broken = subprocess.run(help_of_all, stdout=writer, stderr=subprocess.PIPE, **options)
+    os.close(writer)
+    closed = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', *help_of_all], stderr=subprocess.PIPE, **options)
+
+    assert (broken.returncode, broken.stderr) == (1, b"")
+    assert (closed.returncode, closed.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("words", [("-m", "detr_backbone_cli"), ("-c", "from detr_backbone_cli import main; main([])")])
