@@ -437,10 +437,14 @@ def test_an_output_that_nobody_reads_is_no_traceback(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     help_of_all = [sys.executable, "-m", "detr_backbone_cli", "--help"]
-    options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "check": False}
-    broken = subprocess.run(help_of_all, stdout=writer, stderr=subprocess.PIPE, **options)
+    options: dict[str, Any] = {
+        "cwd": tmp_path,
+        "env": os.environ | {"PYTHONPATH": str(ROOT)},
+        "stderr": subprocess.PIPE,
+    }
+    broken = subprocess.run(help_of_all, stdout=writer, check=False, **options)
     os.close(writer)
-    closed = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', *help_of_all], stderr=subprocess.PIPE, **options)
+    closed = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', *help_of_all], check=False, **options)
 
     assert (broken.returncode, broken.stderr) == (1, b"")
     assert (closed.returncode, closed.stderr) == (0, b"")
