@@ -330,7 +330,11 @@ def test_a_run_without_a_validation_split_needs_no_more_than_to_leave_it_out(com
     assert "4 images to train on, nothing to evaluate" in ended.out
 
 
-OUTPUT = {"train": ("--output_dir", "lacks"), "convert-weights": ("--output", "lacks.safetensors")}
+OUTPUT = {
+    "train": ("--output_dir", "lacks"),
+    "convert-data": ("--output", "lacks.json"),
+    "convert-weights": ("--output", "lacks.safetensors"),
+}
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def convert_dataset(
 
 
 def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
+    assert split is not None, "a YOLO dataset has a split by default"
     config_file = _first_existing(folder / "data.yaml", *sorted(folder.glob("*.yaml")), what="data.yaml")
     config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not config.get("names"):
