@@ -151,12 +151,10 @@ def test_every_command_works_with_the_wheel_alone(environment: Path, tmp_path: P
     run(tmp_path, "-c", USE_OF_THE_PROGRAM, str(program), python=python, stdin=lines)
 
     assert {line.split()[0] for line in lines.splitlines()} == set(COMMANDS)
-    judged, again, exported = (
-        json.loads((tmp_path / folder / "results.json").read_text())["stats"]
-        for folder in ("judged", "again", "exported")
-    )
-    assert again == judged  # what is predicted is what is evaluated
-    assert exported == pytest.approx(judged, abs=0.01)  # of few objects, one of which may pass a threshold
+    numbers = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("judged", "again")]
+    assert numbers[0]["stats"] == numbers[1]["stats"]  # what is predicted is what is evaluated
+    exported = json.loads((tmp_path / "exported" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in exported} == {1, 2, 3}
     (box,) = json.loads((tmp_path / "yolo.json").read_text())["annotations"]
     assert box["bbox"] == pytest.approx([28, 0, 8, 32])  # of 64 x 64 pixels
     assert len(load_file(tmp_path / "resnet18.safetensors")) == 122  # the tensors of torchvision's

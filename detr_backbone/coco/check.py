@@ -52,7 +52,9 @@ def check_split(
     try:
         content = examine_content(read_content(annotations, packer=packer), source=source, packer=packer)
     except AnnotationError as error:
-        unreadable = Finding("file_unreadable", f"file={source}", str(error).replace(f"file={source} ", ""))
+        what, _, rest = str(error).partition(" | where: ")
+        where, _, got = rest.partition(" | got ")
+        unreadable = Finding("file_unreadable", where, f"{what}: {got}")
         findings = [Findings(kind="file_unreadable", count=1, examples=(unreadable,))]
         return CheckedSplit(
             name=name,

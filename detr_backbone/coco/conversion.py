@@ -109,7 +109,9 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
         root = folder / str(config.get("path") or "")
         images = _first_existing(root / stated, folder / stated, folder / inside, what=f"images of {split}")
     if not images.is_dir():
-        raise DataError(f"images must be in a folder | where: file={images} | got a file")
+        raise DataError(
+            f"images must be in a folder | where: file={images} | got {'a file' if images.exists() else 'none'}"
+        )
     parts = images.resolve().parts
     place = max((i for i, part in enumerate(parts) if part == "images"), default=None)
     labels = images.parent / "labels" if place is None else Path(*parts[:place], "labels", *parts[place + 1 :])

@@ -17,6 +17,7 @@ from detr_backbone.coco.categories import different_categories
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
 from detr_backbone.weights.hub import PREFIX
+from detr_backbone.weights.read import reason_of
 
 MAY_CHANGE = (
     *("resume", "output_dir", "eval_every", "optimizer.epochs", "early_stopping", "data.num_workers", "data.timeout"),
@@ -122,7 +123,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             damaged = archive.testzip()
         content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, few of which name the file
-        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {error}") from error
+        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {reason_of(error)}") from None
     if damaged:
         raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got another checksum for {damaged}")
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
