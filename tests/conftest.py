@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from detr_backbone.commands.__main__ import main
+from detr_backbone.commands.program import main
 from tests.processes import ROOT, Command, Ended
 
 

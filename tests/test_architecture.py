@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detr_backbone.commands.__main__ import COMMANDS
+from detr_backbone.commands.program import COMMANDS
 from tests.processes import ROOT, Command
 
 PACKAGE = ROOT / "detr_backbone"

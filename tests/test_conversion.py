@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detr_backbone.coco.conversion import convert_dataset
-from detr_backbone.errors import AnnotationError, DataError, DetrBackboneError
+from detr_backbone.errors import AnnotationError, ConfigError, DataError, DetrBackboneError
 from tests.processes import Command
 
 XML = """<annotation><filename>{name}</filename><size><width>100</width><height>80</height><depth>3</depth></size>
@@ -132,6 +132,43 @@ def test_objects_marked_difficult_are_crowds_and_said_so(tmp_path: Path) -> None
     assert manifest["remarks"] == ["1 objects marked difficult, taken as crowds"]
 
 
+def test_a_list_of_voc_is_a_split(tmp_path: Path) -> None:
+    voc(tmp_path)
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("b  1\nc -1\n")
+
+    manifest = convert_dataset(tmp_path, tmp_path / "x.json", "voc", split="val")
+
+    content = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert [one["file_name"] for one in content["images"]] == ["b.jpg", "c.jpg"]
+    assert [one["image_id"] for one in content["annotations"]] == [content["images"][0]["id"]]
+    assert manifest["source"]["split"] == "val"
+
+
+def test_what_is_no_image_of_yolo_is_left_out_and_counted(tmp_path: Path) -> None:
+    ultralytics(tmp_path)
+    folder = tmp_path / "images" / "train" / "x"
+    for name in ("._a.jpg", ".DS_Store", "raw.dng", "a.txt"):  # labels may lie beside their images
+        (folder / name).touch()
+
+    manifest = convert_dataset(tmp_path, tmp_path / "x.json", "yolo")
+
+    assert manifest["counts"]["images"] == 3
+    assert manifest["remarks"][2] == "1 files that are no images by their endings, left out"
+
+
+def test_images_of_yolo_in_avif_are_converted(tmp_path: Path) -> None:
+    pytest.importorskip("PIL._avif")
+    ultralytics(tmp_path)
+    folder = tmp_path / "images" / "train" / "x"
+    Image.open(folder / "a.jpg").save(folder / "a.avif")
+    (folder / "a.jpg").unlink()
+
+    manifest = convert_dataset(tmp_path, tmp_path / "x.json", "yolo")
+
+    assert manifest["counts"] == {"images": 3, "annotations": 2, "categories": 1}
+
+
 def write(name: str, text: str) -> Any:
     return lambda folder: (folder / name).write_text(text)
 
@@ -142,6 +179,7 @@ REFUSED: dict[str, tuple[str, type[DetrBackboneError], str, Any]] = {
     "words": ("yolo", AnnotationError, "cat", write("train/labels/a.txt", "cat 0.5 0.5 0.1 0.1")),
     "no names": ("yolo", AnnotationError, "key=names", write("data.yaml", "train: train/images")),
     "no such split": ("yolo", DataError, "key=train", write("data.yaml", "names: [cat]")),
+    "list of files": ("yolo", DataError, "file=", write("data.yaml", "train: data.yaml\nnames: [cat]")),
     "damaged image": ("yolo", DataError, "a.jpg", write("train/images/a.jpg", "<html>")),
     "XML cut off": ("voc", AnnotationError, "folder=", write("Annotations/a.xml", "<annotation><size>")),
     "rotated box": ("cvat", AnnotationError, "line=3", lambda folder: cvat(folder, 'rotation="30.0"')),
@@ -163,6 +201,16 @@ def test_what_cannot_be_converted_is_refused_with_its_place(
 
     assert where in str(raised.value)
     assert not (tmp_path / "x.manifest.json").exists()
+
+
+def test_a_split_is_refused_where_the_layout_has_none(tmp_path: Path) -> None:
+    cvat(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"`split` .*got 'val'"):
+        convert_dataset(tmp_path, tmp_path / "x.json", "cvat", split="val")
+    voc(tmp_path)
+    with pytest.raises(DataError, match=r"list of val .*val\.txt"):
+        convert_dataset(tmp_path, tmp_path / "x.json", "voc", split="val")
 
 
 def test_a_box_that_is_not_rotated_is_converted(tmp_path: Path) -> None:

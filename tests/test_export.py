@@ -355,5 +355,5 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
         return None if name == library else ModuleSpec(name, None)
 
     monkeypatch.setattr("importlib.util.find_spec", find_spec)
-    with pytest.raises(ExportError, match=rf"{library} is not installed .* detr_backbone\[{extra}\]"):
+    with pytest.raises(ExportError, match=rf"`{library}` is not installed .*detr_backbone\[{extra}\]"):
         export(joiner, tmp_path / path)

@@ -12,6 +12,7 @@ from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.shapes import draw_shapes
 from detr_backbone.detectors import DETR, build_detector, build_postprocess
 from detr_backbone.errors import EvaluationError, ExportError
+from detr_backbone.evaluation.intervals import Difference, Interval
 from detr_backbone.export import export
 from detr_backbone.training import (
     Checkpoint,
@@ -23,7 +24,7 @@ from detr_backbone.training import (
     open_split,
     save_checkpoint,
 )
-from detr_backbone.training.exported import export_checkpoint, open_exported_detector, quantize_detector
+from detr_backbone.training.exported import Cost, export_checkpoint, open_exported_detector, quantize_detector
 from tests.export_models import build_joiner, build_tiny_detr
 
 CONFIG: dict[str, Any] = {
@@ -166,6 +167,16 @@ def test_int8_says_what_it_costs_in_the_file(
     assert said["accuracy"]["AP"]["int8"] == cost.ap.b
     assert said["accuracy"]["images"] == 4
     json.dumps(said, allow_nan=False)
+
+
+def test_what_int8_costs_is_told_in_percent() -> None:
+    ap = Difference(a=0.5, b=0.487, interval=Interval(estimate=-0.013, low=-0.021, high=-0.005), p=0.004)
+    cost = Cost(ap=ap, ap50=ap, images=7, of="val.json", image_ids_sha256="")
+
+    assert str(cost) == (
+        "AP 50.00 in float32 (A), 48.70 in int8 (B), on 7 images of val.json: "
+        "A is better: B - A is -1.3 AP [-2.1, -0.5] (p = 0.004)"
+    )
 
 
 def test_int8_that_loses_more_than_it_may_is_refused_unless_that_is_allowed(

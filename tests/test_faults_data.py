@@ -307,4 +307,4 @@ def test_a_picture_and_categories_that_splits_do_not_share_rightly_are_found(tmp
     assert (
         f"file={tmp_path}/val/images/b.png | got the bytes of {tmp_path}/train/images/a.png" in found["shared_picture"]
     )
-    assert "got {3: 'dog', 4: 'wolf'} expected {3: 'dog', 4: 'cat'}" in found["category_mismatch"]
+    assert "got {4: 'wolf'} of 2 expected {4: 'cat'} of 2" in found["category_mismatch"]

@@ -134,6 +134,24 @@ def test_pictures_are_told_from_other_files_and_none_is_left_out_in_silence(stra
     assert (found.others, found.folders) == ({".txt": 1}, 1)
 
 
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_link_to_no_file_is_skipped_and_said(tmp_path: Path, recursive: bool) -> None:
+    (tmp_path / "a.jpg").symlink_to("gone.jpg")
+    (tmp_path / "notes").symlink_to("gone.txt")
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.jpg")
+    found = find_images(tmp_path, recursive=recursive)
+
+    assert (found.names, set(found.skipped), found.others) == (("b.jpg",), {"a.jpg"}, {"no ending": 1})
+
+
+def test_metadata_of_macos_for_what_is_no_picture_is_counted_with_its_ending(tmp_path: Path) -> None:
+    (tmp_path / "._notes.txt").touch()
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.jpg")
+    found = find_images(tmp_path)
+
+    assert (found.skipped, found.others) == ({}, {".txt": 1})
+
+
 def test_folders_in_the_folder_are_taken_when_asked_for(stray: Path) -> None:
     found = find_images(stray, recursive=True)
 
@@ -225,6 +243,26 @@ def test_a_stray_folder_is_predicted_with_what_was_skipped_named(command: Run, t
     assert drawn == {"a.jpg", "b.jpg", "more/a.jpg", "no_ending.jpg"}
     assert all(name in ended.out for name in skipped)
     assert ".txt 1" in ended.out
+
+
+def test_what_no_jpeg_holds_is_drawn_as_png_and_said(command: Run, tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (65501, 20)).save(tmp_path / "in" / "long.png")
+    options = ("--checkpoint", "run/checkpoint.pt", "--images", str(tmp_path / "in"), "--threshold", "0")
+    ended = command(tiny_run, "predict", *options, "--output", str(tmp_path / "found"))
+
+    assert ended.code == 0, ended.err
+    with Image.open(tmp_path / "found" / "long.png") as drawn:
+        assert drawn.size == (65501, 20)
+    assert "drawn as PNG, since a JPEG has at most 65500 pixels a side: 1 pictures" in ended.out
+
+
+def test_a_list_none_of_whose_files_exists_names_the_change_that_finds_them(tiny_run: Path, tmp_path: Path) -> None:
+    image = {"id": 1, "file_name": "VAL/000001.PNG", "height": 64, "width": 64}
+    (tmp_path / "test.json").write_text(json.dumps({"images": [image]}), encoding="utf-8")
+
+    with pytest.raises(DataError, match=r"1 of 1 missing.*1 would be found with"):
+        read_image_list(tiny_run / "shapes" / "val", tmp_path / "test.json", {1: "cat"})
 
 
 def test_strict_stops_at_a_file_that_cannot_be_read(command: Run, tiny_run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from detr_backbone.coco.shapes import CLASSES, draw_shapes
-from detr_backbone.commands.__main__ import COMMANDS, main
+from detr_backbone.commands.program import COMMANDS, main
 from tests.processes import ROOT, Command
 
 SCRIPTS = ROOT / "scripts"
@@ -102,6 +102,17 @@ def test_detections_of_any_detector_can_be_evaluated_and_reported(script: Comman
     assert {path.suffix for path in (folder / "report").iterdir()} == {".html", ".md", ".json", ".csv"}
     again = json.loads((folder / "again" / "detections.json").read_text(encoding="utf-8"))
     assert sorted(map(str, again)) == sorted(map(str, found))
+
+
+def test_images_without_a_detection_in_the_file_are_counted(script: Command, folder: Path) -> None:
+    truth = "shapes/annotations/instances_val.json"
+    one = json.loads((folder / truth).read_text(encoding="utf-8"))["annotations"][0]
+    content = [{key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5}]
+    (folder / "one.json").write_text(json.dumps(content), encoding="utf-8")
+    result = script(folder, "evaluate.py", "--detections", "one.json", "--annotations", truth, "--intervals", "0")
+
+    images = re.search(r"images (\d+) of", result.stdout)[1]
+    assert f"no detection in {int(images) - 1} of {images} images" in result.stdout
 
 
 def test_two_detectors_are_compared(script: Command, folder: Path) -> None:

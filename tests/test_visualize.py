@@ -16,7 +16,8 @@ from detr_backbone.visualize import (
     draw_sampling_points,
 )
 from detr_backbone.visualize.features import principal_components
-from detr_backbone.visualize.fonts import names_without_font
+from detr_backbone.visualize.fonts import font_warning
+from detr_backbone.visualize.panels import WIDTH, Panels
 
 LOW, HIGH = ([round(255 * part) for part in colormaps["viridis"](share)[:3]] for share in (0.0, 1.0))
 BLACK = Image.new("RGB", (40, 40))
@@ -60,8 +61,15 @@ def test_a_long_strip_is_not_enlarged_beyond_reason() -> None:
 
 
 def test_a_name_in_any_script_has_a_font_or_is_reported() -> None:
-    assert names_without_font(["cell", "Größe", "клетка"]) == []
-    assert names_without_font(["\U0010fffd"]) == ["\U0010fffd"]  # private use: no font has it
+    assert font_warning(["cell", "Größe", "клетка"]) == ""
+    assert "['\\U0010fffd']" in font_warning(["cell", "\U0010fffd"])  # private use: no font has it
+
+
+def test_captions_are_plain_text_whatever_names_hold() -> None:
+    """Of the name of a category, matplotlib would read what stands between dollars as a formula."""
+    drawn = Panels(["$\\fish$ 0.9", "\U0010fffd"], columns=2, aspect=1.0, title="$\\fish$").picture()
+
+    assert drawn.width == WIDTH
 
 
 def test_a_small_picture_is_enlarged_with_its_boxes() -> None:

@@ -236,6 +236,7 @@ ALTERED: dict[str, tuple[Callable[[Path, dict[str, Tensor]], Path], str]] = {
     "html": (file_of("weights.pth", b"\n<!DOCTYPE html><html></html>"), "a web page"),
     "lfs": (file_of("weights.pth", b"version https://git-lfs.github.com/spec/v1\noid x"), "Git LFS pointer"),
     "text": (file_of("weights.pth", b"hello"), "damaged file"),
+    "bytes": (file_of("weights.pth", bytes(range(1, 256))), "got bytes that torch.save does not write"),
     "text as safetensors": (file_of("weights.safetensors", b"hello, hello"), "a damaged or cut file"),
     "cut": (cut, "without the end of the archive"),
     "cut safetensors": (cut_safetensors, "damaged file"),

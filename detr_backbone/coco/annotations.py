@@ -202,8 +202,10 @@ def _read_text(path: Path | str) -> str:
                 f"file is too large | where: file={path} | got {size} bytes expected {MAX_BYTES} at most"
             )
         return Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"file cannot be read as UTF-8 text | where: file={path} | got {error}") from error
+    except OSError as error:
+        raise AnnotationError(f"file cannot be read | where: file={path} | got {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"file is not UTF-8 text | where: file={path} | got {error}") from error
 
 
 def _parse(text: str, path: Path | str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:

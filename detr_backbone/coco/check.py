@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from detr_backbone.coco.annotations import read_content
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.coco.check_report import CheckedSplit
 from detr_backbone.coco.findings import EXAMPLES, Finding, Findings, findings_of
 from detr_backbone.coco.image_files import examine_files, unlisted_files
@@ -51,7 +52,9 @@ def check_split(
     try:
         content = examine_content(read_content(annotations, packer=packer), source=source, packer=packer)
     except AnnotationError as error:
-        unreadable = Finding("file_unreadable", f"file={source}", str(error).replace(f"file={source} ", ""))
+        what, _, rest = str(error).partition(" | where: ")
+        where, _, got = rest.partition(" | got ")
+        unreadable = Finding("file_unreadable", where, f"{what}: {got}")
         findings = [Findings(kind="file_unreadable", count=1, examples=(unreadable,))]
         return CheckedSplit(
             name=name,
@@ -129,7 +132,10 @@ def compare_splits(train: CheckedSplit, val: CheckedSplit) -> tuple[CheckedSplit
     other = findings_of(
         "category_mismatch",
         np.array([dict(train.categories) != dict(val.categories)]),
-        lambda _: (f"file={val.annotations} key=categories", str(dict(val.categories)), str(dict(train.categories))),
+        lambda _: (
+            f"file={val.annotations} key=categories",
+            *different_categories(val.categories, train.categories),
+        ),
     )
     return train, replace(val, findings=[*val.findings, *other, *shared])
 

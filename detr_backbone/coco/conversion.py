@@ -20,7 +20,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from detr_backbone.coco.image_files import ENDINGS
-from detr_backbone.coco.images import FORMATS
+from detr_backbone.coco.images import readable_formats
 from detr_backbone.errors import AnnotationError, ConfigError, DataError
 
 Layout: TypeAlias = Literal["yolo", "voc", "cvat"]
@@ -35,7 +35,12 @@ class Converted(NamedTuple):
 
 
 def convert_dataset(
-    folder: Path | str, output: Path | str, layout: Layout, *, split: str = "train", images: Path | str | None = None
+    folder: Path | str,
+    output: Path | str,
+    layout: Layout,
+    *,
+    split: str | None = None,
+    images: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write a dataset as a COCO file with a manifest beside it, OUTPUT.manifest.json, and return the manifest.
 
@@ -46,11 +51,12 @@ def convert_dataset(
             (CVAT).
         output: the JSON file to write.
         layout: of the dataset.
-        split: of a YOLO dataset, a key of data.yaml such as train or val.
+        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main,
+            all images if left out.
         images: the folder of the image files, where it is not that of the layout.
 
     Raises:
-        ConfigError: hotcoco is missing.
+        ConfigError: hotcoco is missing, or `split` is given for CVAT.
         DataError: files of the layout are missing, or `output` exists.
         AnnotationError: a file cannot be read, or says what COCO cannot.
     """
@@ -60,7 +66,11 @@ def convert_dataset(
     try:
         import hotcoco
     except ImportError as error:
-        raise ConfigError('hotcoco is not installed | fix: pip install "detr_backbone[convert]"') from error
+        raise ConfigError('`hotcoco` is not installed | fix: pip install "detr_backbone[convert]"') from error
+    if layout == "cvat" and split is not None:
+        raise ConfigError(f"`split` is that of a YOLO or VOC dataset; an export of CVAT has none, got {split!r}")
+    if layout == "yolo" and split is None:
+        split = "train"
     readers = {"yolo": _read_yolo, "voc": _read_voc, "cvat": _read_cvat}
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -71,7 +81,7 @@ def convert_dataset(
             raise
         raise AnnotationError(f"dataset cannot be read as {layout} | where: folder={folder} | got {error}") from error
     manifest = {
-        "source": {"folder": str(folder), "layout": layout, "split": split if layout == "yolo" else None},
+        "source": {"folder": str(folder), "layout": layout, "split": split},
         "converter": f"hotcoco {hotcoco.__version__}",
         "images": str(converted.images),
         "counts": {key: len(converted.content[key]) for key in ("images", "annotations", "categories")},
@@ -83,7 +93,8 @@ def convert_dataset(
     return manifest
 
 
-def _read_yolo(coco_class: Any, folder: Path, split: str, images: Path | None) -> Converted:
+def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
+    assert split is not None, "a YOLO dataset has a split by default"
     config_file = _first_existing(folder / "data.yaml", *sorted(folder.glob("*.yaml")), what="data.yaml")
     config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not config.get("names"):
@@ -97,13 +108,24 @@ def _read_yolo(coco_class: Any, folder: Path, split: str, images: Path | None) -
         inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
         root = folder / str(config.get("path") or "")
         images = _first_existing(root / stated, folder / stated, folder / inside, what=f"images of {split}")
+    if not images.is_dir():
+        raise DataError(
+            f"images must be in a folder | where: file={images} | got {'a file' if images.exists() else 'none'}"
+        )
     parts = images.resolve().parts
     place = max((i for i, part in enumerate(parts) if part == "images"), default=None)
     labels = images.parent / "labels" if place is None else Path(*parts[:place], "labels", *parts[place + 1 :])
     if not labels.is_dir():
         raise DataError(f"dataset has no labels | where: folder={labels} | got none for the images in {images}")
-    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in ENDINGS)
-    remarks = {"images without a label file, listed without boxes": 0, "polygons, taken as the boxes around them": 0}
+    visible = sorted(path for path in images.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in visible if path.suffix.lower() in ENDINGS]
+    remarks = {
+        "images without a label file, listed without boxes": 0,
+        "polygons, taken as the boxes around them": 0,
+        "files that are no images by their endings, left out": sum(
+            path.suffix.lower() not in ENDINGS | {".txt", ".cache"} for path in visible
+        ),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         numbered, texts = Path(temporary, "images"), Path(temporary, "labels")
         numbered.mkdir()
@@ -146,7 +168,7 @@ def _boxes(lines: Sequence[str], file: Path) -> Iterator[tuple[str, bool]]:
 def _save_blank(path: Path, copy: Path) -> None:
     """Write a blank image with the size of an upright one, for the converter reads nothing else of it."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=readable_formats()) as image:
             size = image.size
             if image.getexif().get(0x0112, 1) in range(5, 9):
                 size = ImageOps.exif_transpose(image).size
@@ -155,18 +177,24 @@ def _save_blank(path: Path, copy: Path) -> None:
     Image.new("1", size).save(copy, compress_level=1)
 
 
-def _read_voc(coco_class: Any, folder: Path, _split: str, images: Path | None) -> Converted:
+def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
     content = coco_class.from_voc(str(folder)).dataset
     if not content["images"]:
         raise DataError(
             f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations"
         )
+    if split is not None:
+        listing = _first_existing(folder / "ImageSets" / "Main" / f"{split}.txt", what=f"list of {split}")
+        stems = {line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
+        content["images"] = [one for one in content["images"] if Path(one["file_name"]).stem in stems]
+        image_ids = {one["id"] for one in content["images"]}
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in image_ids]
     crowds = sum(one["iscrowd"] for one in content["annotations"])
     remarks = [f"{crowds} objects marked difficult, taken as crowds"] if crowds else []
     return Converted(content, images or _first_existing(folder / "JPEGImages", folder, what="images"), remarks)
 
 
-def _read_cvat(coco_class: Any, folder: Path, _split: str, images: Path | None) -> Converted:
+def _read_cvat(coco_class: Any, folder: Path, _split: str | None, images: Path | None) -> Converted:
     file = folder if folder.is_file() else _first_existing(folder / "annotations.xml", what="annotations.xml")
     text = file.read_text(encoding="utf-8")
     for pattern, what in ((r'rotation="(?!0+(\.0*)?")', "rotated boxes"), (r"<track[ >]", "tracks")):

@@ -11,7 +11,10 @@ from detr_backbone.coco.near_misses import near_misses, summary_of
 from detr_backbone.coco.typed_arrays import IntArray
 
 ENDINGS = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".jp2", ".ppm", ".tif", ".tiff", ".webp", ".avif", ".heic")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".jp2", ".j2k", ".jpx"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"),
+    )
 )
 """Endings of files that are images."""
 

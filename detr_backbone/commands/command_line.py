@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib.util import find_spec
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Command:
         text, entries = parser.format_help(), []
         for key in shown:
             if is_dataclass(parser.keys.get(key)):
-                entries.append((f"--{key}.KEY", f"{_summary(parser.keys[key])} See --help-all."))
+                entries.append((f"--{key}.KEY", f"{_documented(self.main, key)} See --help-all."))
             else:
                 entries.append(_option(text, key))
         if _OVERRIDES in keys_of(self.main):
@@ -117,6 +118,8 @@ def output_folder(path: str, *, option: str = "output") -> Path:
     Raises:
         ConfigError: it cannot be one, or nothing can be written there.
     """
+    if not path:
+        raise ConfigError(f"`--{option}` must be a folder to write into, got ''")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +149,13 @@ def _summary(documented: Any) -> str:
     return (documented.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
 
 
+def _documented(function: Callable[..., Any], parameter: str) -> str:
+    """Return what the docstring of a function says of a parameter."""
+    lines = re.search(rf"^    {parameter}: (.*(?:\n        .*)*)", cleandoc(function.__doc__ or ""), re.MULTILINE)
+    assert lines is not None, f"{parameter} is not documented"
+    return " ".join(lines[1].split())
+
+
 def _option(text: str, key: str) -> tuple[str, str]:
     """Return an option with its choices, and what jsonargparse's help says of it, without the types."""
     block = re.search(rf"^  --{re.escape(key)}[ ,].*\n(?:    .*\n|\n(?=    ))*", f"{text}\n", re.MULTILINE)
@@ -157,6 +167,7 @@ def _option(text: str, key: str) -> tuple[str, str]:
         lambda found: "(required)" if found[1] else f"(default: {_YAML.get(found[2], found[2])})",
         " ".join(about.split()),
     )
+    about = re.sub(r"\d\.\d{9,}", lambda found: f"{float(found[0]):g}", about)
     return f"--{key}" + (f" {choices[0]}" if choices else ""), re.sub(r" ?\(default: (null|None|\(\)|)\)", "", about)
 
 

@@ -12,7 +12,7 @@ def main(
     layout: Layout,
     folder: str,
     output: str,
-    split: str = "train",
+    split: str | None = None,
     images: str | None = None,
     policies: DataPolicies = DEFAULT_POLICIES,
 ) -> int:
@@ -22,7 +22,8 @@ def main(
         layout: of the dataset.
         folder: with data.yaml (yolo), Annotations or XML files (voc), or annotations.xml (cvat).
         output: the JSON file to write.
-        split: of a YOLO dataset, a key of data.yaml.
+        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main,
+            all images if left out.
         images: the folder of the image files, if it is not that of the layout.
         policies: how faults are handled that need not be refused.
     """

@@ -1,8 +1,11 @@
 """`detr-backbone convert-weights`."""
 
+from pathlib import Path
+
 from detr_backbone.checkpoints.layouts import Names
 from detr_backbone.checkpoints.write import convert_weights, write_weights
-from detr_backbone.commands.command_line import Command, output_file
+from detr_backbone.commands.command_line import Command, output_file, require
+from detr_backbone.errors import ConfigError
 from detr_backbone.networks.build import build_network
 from detr_backbone.weights.locate import locate_weights
 from detr_backbone.weights.read import read_weights
@@ -29,7 +32,11 @@ def main(
             names of its own, which are then written; for libraries whose names are not known here.
     """
     file = output_file(output)
+    if file.suffix == ".safetensors":
+        require("safetensors", extra="hub")
     path = locate_weights(source).path
+    if file.resolve() == Path(path).resolve():
+        raise ConfigError(f"`--output` must be another file than the source, got {output}")
     if name is not None:
         layout, renamed = "order", rename_in_order(path, build_network(name).state_dict())
     else:

@@ -10,6 +10,7 @@ from torch import nn
 
 from detr_backbone.backbone import fold_for_inference
 from detr_backbone.coco.annotations import load_annotations
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.commands.command_line import Command, output_folder, require
@@ -147,9 +148,17 @@ def main(
             intervals=confidence,
             training_curves=_curves_of(checkpoint),
         )
-    print(result.table(confidence))
+    print(result.table(confidence) + _images_without_detections(evaluator, detections))
     if report is not None:
         print(f"report: {page}")
+
+
+def _images_without_detections(evaluator: CocoEvaluator, file: str | None) -> str:
+    """Return a line on the images that a file of detections does not name; empty for none, and without a file."""
+    missing = len(evaluator.image_ids) - len({one["image_id"] for one in evaluator.detections})
+    if file is None or not missing:
+        return ""
+    return f"\n{file} has no detection in {missing} of {len(evaluator.image_ids)} images, which count all the same"
 
 
 def _curves_of(checkpoint: str | None) -> Path | None:
@@ -193,8 +202,10 @@ def _detect(
     else:
         model, _, categories = opened
         if dataset.categories != categories:
+            got, expected = different_categories(dataset.categories, categories)
             raise ConfigError(
-                f"the dataset must have the categories of the checkpoint, {categories}, got {dataset.categories}"
+                f"the categories must be the detector's | where: file={split.annotations} key=categories | got {got} "
+                f"expected {expected}"
             )
     exported = isinstance(model, ExportedDetector)
     if opened is not None and not exported:

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.commands.command_line import Command, output_file, require
 from detr_backbone.errors import ConfigError
+from detr_backbone.export import ENGINES
 from detr_backbone.training import SplitConfig, TrainConfig, open_split
 from detr_backbone.training.exported import export_checkpoint, open_exported_detector, quantize_detector
 
@@ -34,14 +35,16 @@ def main(
         calibration: for int8, what ranges are measured on; the training split of the checkpoint if left out.
         validation: for int8, what AP is measured on; the validation split of the checkpoint if left out.
         calibration_images: for int8, how many images of `calibration` are taken, at random with a fixed seed.
-        max_loss: for int8, by how much AP may fall, 0 to 1.
+        max_loss: for int8, by how much AP may fall, as a fraction: 0.01 is one point.
         allow_loss: for int8, keep the file whatever AP it has.
     """
     output_file(output)
+    if Path(output).suffix not in ENGINES:
+        raise ConfigError(f"`--output` must end in {', '.join(ENGINES)}, got {output}")
     if not int8:
         for key, given in (("calibration", calibration), ("validation", validation)):
             if given != AS_TRAINED:
-                raise ConfigError(f"`--{key}` is read with --int8 only, got {given}")
+                raise ConfigError(f"`--{key}` is read with --int8 only, got --{key}")
         print(export_checkpoint(checkpoint, output, masks=masks))
         return
     if masks or Path(output).suffix != ".xml":

@@ -58,6 +58,7 @@ def main(
     from rich.console import Console
 
     from detr_backbone.visualize import draw_feature_maps
+    from detr_backbone.visualize.fonts import font_warning
 
     if checkpoint is not None:
         model, settings, names = _trained(checkpoint, overrides)
@@ -89,6 +90,8 @@ def main(
     for name, drawing in drawings.items():
         drawing.save(folder / f"{name}.png")
     print(f"{len(drawings)} drawings, layers.csv and layers.json: {folder}")
+    if warning := font_warning(names):
+        print(warning)
 
 
 def _trained(path: str, overrides: Sequence[str]) -> tuple[DETR | DeformableDETR, TrainConfig, Sequence[str]]:

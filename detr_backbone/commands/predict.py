@@ -29,6 +29,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _SHOWN = 5  # files that are named on the screen; the JSON file names all
 _QUALITY = 90  # of a JPEG, 1 to 95
+_LONGEST_JPEG = 65500
+"""Pixels of the longest side that a JPEG has here. Source: JPEG_MAX_DIMENSION of libjpeg's jmorecfg.h."""
 _NOTED = ("picture_animated", "picture_16_bit", "picture_alpha")
 
 
@@ -116,10 +118,10 @@ def main(
         )
     print(run.summary())
     if pictures != "none":
-        from detr_backbone.visualize.fonts import names_without_font
+        from detr_backbone.visualize.fonts import font_warning
 
-        if unreadable := names_without_font(predictor.categories.values()):
-            print(f"no font has the characters of {unreadable}, which are drawn as boxes: install Noto Sans CJK")
+        if warning := font_warning(predictor.categories.values()):
+            print(warning)
     return 1 if run.skipped else 0
 
 
@@ -142,6 +144,7 @@ class _Run:
         self._records: list[dict[str, Any]] = []
         self._results: list[dict[str, Any]] = []
         self._empty = 0
+        self._too_long = 0
         stems = Counter(Path(name).with_suffix("") for name in files.names)
         self._drawn = {
             name: Path(name).with_suffix("") if stems[Path(name).with_suffix("")] == 1 else Path(name)
@@ -176,7 +179,9 @@ class _Run:
 
             labels = shown.category_ids.tolist()
             drawn = draw_detections(picture, shown.boxes, shown.names, shown.scores.tolist(), labels)
-            path = self.folder / f"{self._drawn[name]}.{self.pictures}"
+            ending = "png" if max(drawn.size) > _LONGEST_JPEG else self.pictures
+            self._too_long += ending != self.pictures
+            path = self.folder / f"{self._drawn[name]}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
             drawn.save(path, quality=_QUALITY, subsampling=0)
 
@@ -208,6 +213,10 @@ class _Run:
             f"{self._empty} of the pictures have none",
         ]
         lines += [f"{KINDS[kind].what}: {count} pictures" for kind, count in self._notes.items()]
+        if self._too_long:
+            lines.append(
+                f"drawn as PNG, since a JPEG has at most {_LONGEST_JPEG} pixels a side: {self._too_long} pictures"
+            )
         if self.skipped:
             lines.append(f"files skipped, so that predictions.json is partial: {len(self.skipped)}")
             lines += [f"  {name}: {reason}" for name, reason in sorted(self.skipped.items())[:_SHOWN]]

@@ -90,7 +90,7 @@ def require(*modules: str) -> None:
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ExportError(f"{module} is not installed | fix: pip install detr_backbone[{_EXTRAS[module]}]")
+            raise ExportError(f'`{module}` is not installed | fix: pip install "detr_backbone[{_EXTRAS[module]}]"')
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Engine:

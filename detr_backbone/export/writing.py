@@ -96,7 +96,9 @@ def export(
     if path.suffix not in ENGINES:
         raise ExportError(f"`path` must end in {', '.join(ENGINES)}, got {path.name}")
     if path.suffix != ".pt2":
-        require("onnx", "onnxscript", "onnxruntime" if path.suffix == ".onnx" else "openvino")
+        require(
+            "onnxruntime" if path.suffix == ".onnx" else "openvino", "onnx", "onnxscript"
+        )  # an extra may bring more
     graph = Graph(model, masks=masks)
     in_channels = first_convolution(graph.backbone.body)[1].in_channels
     encoding = position_encoding_to_dict(model[1]) if graph.kind == "joiner" else None  # type: ignore[index]

@@ -24,7 +24,7 @@ def coco_results(prediction: Prediction, image_id: int) -> list[dict[str, Any]]:
 def to_supervision(prediction: Prediction) -> Any:
     """Return the detections as `supervision.Detections`, with the categories' names as `data["class_name"]`.
 
-    supervision (`pip install supervision`) draws, tracks, counts and slices detections of any detector.
+    supervision (`pip install supervision`) merges, counts and draws detections of any detector.
     """
     import numpy as np
     import supervision

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.coco.findings import KINDS
 from detr_backbone.coco.image_files import examine_files
 from detr_backbone.coco.images import readable_formats
@@ -65,11 +66,14 @@ def find_images(path: Path | str, *, recursive: bool = False) -> ImageFiles:
     endings = Image.registered_extensions().keys() | _NAMED_AS_PICTURES
     for name in names:
         ending = Path(name).suffix.lower()
-        if name.rpartition("/")[2].startswith("._"):
+        is_named, is_file = ending in endings, (path / name).is_file()
+        if is_named and not is_file:
+            skipped[name] = "a link to no file, or no regular file"
+        elif is_named and name.rpartition("/")[2].startswith("._"):
             skipped[name] = "metadata of macOS, no picture"
         elif ending in (".pdf", ".ico", ".icns", ".svg"):
             skipped[name] = f"{ending[1:].upper()}, which is not read"
-        elif ending in endings or _begins_like_a_picture(path / name):
+        elif is_named or (is_file and _begins_like_a_picture(path / name)):
             pictures.append(name)
         else:
             others[ending or "no ending"] += 1
@@ -92,6 +96,7 @@ def read_image_list(folder: Path | str, annotations: Path | str, categories: Map
     Raises:
         AnnotationError: the file contradicts itself or the COCO format.
         ConfigError: its categories are others than the detector's.
+        DataError: none of its files exists, or a name leads out of the folder.
     """
     content = read_json(annotations)
     if isinstance(content, dict):
@@ -100,18 +105,17 @@ def read_image_list(folder: Path | str, annotations: Path | str, categories: Map
     listed: CocoAnnotations = parse_annotations(content, source=str(annotations))
     own = dict(zip(listed.category_ids, listed.category_names, strict=True))
     if own != dict(categories):
+        got, expected = different_categories(own, categories)
         raise ConfigError(
-            f"the categories must be the detector's | where: file={annotations} key=categories | got {own} expected "
-            f"{dict(categories)}"
+            f"the categories must be the detector's | where: file={annotations} key=categories | got {got} expected "
+            f"{expected}"
         )
     names = listed.file_names.tolist()
-    skipped = {}
+    skipped = {name: "missing" for name in names if not (Path(folder) / name).is_file()}
     for finding in examine_files(folder, listed.image_ids, names, source=str(annotations)):
-        if KINDS[finding.kind].severity == "error" and finding.kind != "file_missing":
+        is_partial = finding.kind == "file_missing" and len(skipped) < len(names)
+        if KINDS[finding.kind].severity == "error" and not is_partial:
             raise finding.examples[0].error
-    for name in names:
-        if not (Path(folder) / name).is_file():
-            skipped[name] = "missing"
     return ImageFiles(
         folder=Path(folder),
         names=tuple(name for name in names if name not in skipped),
@@ -125,7 +129,7 @@ def _files(folder: Path, *, recursive: bool) -> tuple[list[str], int]:
     """Return the names of the files of a folder, and how many folders in it were not entered."""
     if not recursive:
         entries = list(folder.iterdir())
-        return sorted(entry.name for entry in entries if entry.is_file()), sum(entry.is_dir() for entry in entries)
+        return sorted(entry.name for entry in entries if not entry.is_dir()), sum(entry.is_dir() for entry in entries)
     found = []
     for parent, folders, names in os.walk(folder):
         folders.sort()

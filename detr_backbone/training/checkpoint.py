@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
 from detr_backbone.weights.hub import PREFIX
+from detr_backbone.weights.read import reason_of
 
 MAY_CHANGE = (
     *("resume", "output_dir", "eval_every", "optimizer.epochs", "early_stopping", "data.num_workers", "data.timeout"),
@@ -121,7 +123,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             damaged = archive.testzip()
         content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, few of which name the file
-        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {error}") from error
+        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {reason_of(error)}") from None
     if damaged:
         raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got another checksum for {damaged}")
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
@@ -178,7 +180,8 @@ def refuse_another_run(
                 f"{saved.get(key)!r} as in the checkpoint | fix: take its value, or start a run of its own"
             )
     if categories != checkpoint.categories:
-        raise CheckpointError(f"a resumed run keeps its categories | got {categories} expected {checkpoint.categories}")
+        got, expected = different_categories(categories, checkpoint.categories)
+        raise CheckpointError(f"a resumed run keeps its categories | got {got} expected {expected}")
     for split, sha256 in data.items():
         if checkpoint.data.get(split, sha256) != sha256:
             raise CheckpointError(

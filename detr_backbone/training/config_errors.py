@@ -154,6 +154,10 @@ class OneLineParser(ArgumentParser):
             return f"word belongs to no option | got {word!r} | fix: options are --key value; see --help"
         if bad := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
             key, reason = bad[1], bad[2]
+            if below := re.search(r"NestedArg\(key='([^']*)'", reason):
+                return (
+                    f"option does not exist | got --{key}.{below[1]}{_suggestion(f'{key}.{below[1]}', self.keys, '--')}"
+                )
             given = re.search(r"(?:Got value:|Given value:|Unable to load config) '?(.*?)'?\s*$", reason, re.MULTILINE)
             if key in self.keys and given and not reason.startswith("File does not exist"):
                 got = "null" if given[1] == "None" else repr(given[1])

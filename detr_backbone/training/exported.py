@@ -187,8 +187,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"AP {self.ap.a:.4f} in float32, {self.ap.b:.4f} in int8, on {self.images} images of {self.of}: "
-            f"{self.ap.sentence('AP')}"
+            f"AP {100 * self.ap.a:.2f} in float32 (A), {100 * self.ap.b:.2f} in int8 (B), on {self.images} images of "
+            f"{self.of}: {self.ap.sentence('AP')}"
         )
 
 
@@ -211,7 +211,7 @@ def quantize_detector(
         validation: other images, on which both files are evaluated; their AP, the interval of the difference and which
             images they are go into the metadata.
         calibration_images: how many of `calibration` are taken, drawn with seed 0; all where there are fewer.
-        max_loss: the file is refused where AP falls by more than this, 0 to 1.
+        max_loss: the file is refused where AP falls by more than this, as a fraction: 0.01 is one point.
         allow_loss: keep it all the same.
 
     Raises:
@@ -237,8 +237,9 @@ def quantize_detector(
         costs.append(cost)
         if cost.ap.a - cost.ap.b > max_loss and not allow_loss:
             raise ExportError(
-                f"int8 loses too much, and is not kept | where: file={path} key=AP | got {cost.ap.b:.4f} expected at "
-                f"least {cost.ap.a:.4f} - {max_loss:g} | fix: calibrate on more images, or allow the loss"
+                f"int8 loses too much, and is not kept | where: file={path} key=AP | got {100 * cost.ap.b:.2f} "
+                f"expected at least {100 * cost.ap.a:.2f} - {100 * max_loss:g} | fix: calibrate on more images, or "
+                "allow the loss"
             )
         return cost.to_dict()
 

@@ -17,6 +17,7 @@ from detr_backbone.training.config import config_from_dict
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import without_pretrained
 from detr_backbone.training.sampler import seed_step
+from detr_backbone.weights.read import reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def replay(path: Path | str) -> str:
     try:
         saved = FailedBatch(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise CheckpointError(f"saved batch cannot be read | where: file={path} | got {error}") from error
+        raise CheckpointError(f"saved batch cannot be read | where: file={path} | got {reason_of(error)}") from None
     config = config_from_dict(saved.config)
     accelerator = build_accelerator(config.mixed_precision)
     model = build_detector(without_pretrained(config.detector))

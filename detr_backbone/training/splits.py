@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from detr_backbone.coco.annotations import refuse
+from detr_backbone.coco.categories import different_categories
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.coco.findings import KINDS
 from detr_backbone.coco.rules import more_boxes_than_queries
@@ -40,9 +41,10 @@ def resolve_classes(config: TrainConfig, train_set: CocoDetection, val_set: Coco
         ConfigError: the splits have other categories, or the configuration another number.
     """
     if val_set is not None and train_set.categories != val_set.categories:
+        got, expected = different_categories(val_set.categories, train_set.categories)
         raise ConfigError(
-            f"`data.train` and `data.val` must have the same categories, got {train_set.categories} and "
-            f"{val_set.categories}"
+            f"`data.val` must have the categories of `data.train` | where: file={val_set.annotations.source} "
+            f"key=categories | got {got} expected {expected}"
         )
     asked = config.detector.num_classes
     if asked not in (None, train_set.num_classes):

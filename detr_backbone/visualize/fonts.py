@@ -14,12 +14,24 @@ _WIDE = ("cjk", "notosans", "sourcehan", "wqy", "droid", "unicode", "yahei", "pi
 
 def load_font(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Return a font of this many pixels that has the characters of a text, or DejaVu Sans if no font has them."""
-    return _font(_file_for(frozenset(text)) or _default(), size)
+    return _font(font_file(text), size)
 
 
-def names_without_font(names: Iterable[str]) -> list[str]:
-    """Return the names that no font of this machine can show."""
-    return [name for name in names if _file_for(frozenset(name)) is None]
+def font_file(text: str) -> str:
+    """Return the file of a font that has the characters of a text, or that of DejaVu Sans if no font has them."""
+    return _file_for(frozenset(text)) or _default()
+
+
+def font_warning(names: Iterable[str]) -> str:
+    """Return which names no font of this machine can show, in a line, or an empty string.
+
+    >>> font_warning(["cell", "Größe", "клетка"])
+    ''
+    """
+    unreadable = [name for name in names if _file_for(frozenset(name)) is None]
+    if not unreadable:
+        return ""
+    return f"no font has the characters of {unreadable}, which are drawn as boxes: install Noto Sans CJK, or another"
 
 
 @lru_cache(maxsize=64)

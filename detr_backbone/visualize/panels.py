@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -10,7 +11,10 @@ import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image
+
+from detr_backbone.visualize.fonts import font_file
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -51,21 +55,24 @@ class Panels:
         for number, line in enumerate(head):
             at = 1 - (_GAP / 2 + _LINE * (number + 0.5)) / height
             weight = "bold" if number == 0 else "normal"
-            self._figure.text(_GAP / WIDTH, at, line, fontsize=9, weight=weight, va="center")
+            self._figure.text(_GAP / WIDTH, at, line, fontsize=9, weight=weight, va="center", parse_math=False)
         self.axes: list[Axes] = []
         for number, caption in enumerate(captions):
             row, column = divmod(number, columns)
             left = _GAP + column * (side + _GAP)
             bottom = height - top - (row + 1) * (depth + _LINE * lines) - row * _GAP
             axes = self._figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, depth / height))
-            axes.set_title(caption, fontsize=8, loc="left", pad=4)
+            font = FontProperties(fname=font_file(caption), size=8)
+            axes.set_title(caption, font=font, loc="left", pad=4, parse_math=False)
             axes.set_axis_off()
             self.axes.append(axes)
 
     def picture(self) -> Image.Image:
         """The figure, drawn."""
         file = io.BytesIO()
-        self._figure.savefig(file, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # `font_warning` tells it once
+            self._figure.savefig(file, format="png")
         return Image.open(file).convert("RGB")
 
 

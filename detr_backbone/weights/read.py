@@ -118,7 +118,16 @@ def _read_file(path: Path) -> Any:
                 f"{foreign[0]} expected tensors and plain values | fix: where the file was written, save "
                 "`model.state_dict()` alone"
             ) from None  # torch's own message advises to run that code
-        raise WeightsError(f"weights cannot be read: damaged file | where: file={path} | got {_line(error)}") from error
+        raise WeightsError(
+            f"weights cannot be read: damaged file | where: file={path} | got {reason_of(error)}"
+        ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be read as data, in a line, without torch's advice to run the code in it."""
+    if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"{foreign[1]}, an object that would run code"
+    return "bytes that torch.save does not write" if "weights_only" in str(error) else _line(error)
 
 
 def _check_bytes(path: Path) -> None:

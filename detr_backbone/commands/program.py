@@ -36,18 +36,10 @@ def main(words: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     name, *rest = (sys.argv[1:] if words is None else words) or [""]
-    if name in ("", "-h", "--help"):
-        print(overview())
-        return 0 if name else 2
-    if name == "--version":
-        print(_version())
-        return 0
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"command does not exist: {unknown_name(name, COMMANDS)}")
-        command: Command = import_module(f"detr_backbone.commands.{name.replace('-', '_')}").COMMAND
-        code = command.run(rest)
-        sys.stdout.flush()
+        code = _run(name, rest)
+        if sys.stdout is not None:  # a program that was started without one
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -65,6 +57,19 @@ def main(words: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
         return _fail(f"out of memory | got {error} | fix: smaller batches or smaller pictures", 1)
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(overview())
+        return 0 if name else 2
+    if name == "--version":
+        print(_version())
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"command does not exist: {unknown_name(name, COMMANDS)}")
+    command: Command = import_module(f"detr_backbone.commands.{name.replace('-', '_')}").COMMAND
+    return command.run(words)
 
 
 def overview() -> str:
@@ -93,7 +98,3 @@ def _version() -> str:
 def _fail(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

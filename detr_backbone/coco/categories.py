@@ -1,0 +1,26 @@
+"""The categories in which two datasets, or a dataset and a detector, differ."""
+
+from collections.abc import Mapping
+
+_SHOWN = 3
+
+
+def different_categories(got: Mapping[int, str], expected: Mapping[int, str]) -> tuple[str, str]:
+    """Return those of the categories id -> name that are not the same in both, shortened, of each side.
+
+    >>> different_categories({1: "cat", 2: "dog", 3: "cow"}, {1: "cat", 2: "wolf"})
+    ("{2: 'dog', 3: 'cow'} of 3", "{2: 'wolf'} of 2")
+    >>> different_categories({0: "cat", 1: "dog"}, {1: "cat", 2: "dog"})
+    ("{0: 'cat', 1: 'dog'} of 2, the same names under other ids", "{1: 'cat', 2: 'dog'} of 2")
+    """
+    ids = [one for one in sorted(got.keys() | expected.keys()) if got.get(one) != expected.get(one)]
+    is_renumbered = bool(ids) and sorted(got.values()) == sorted(expected.values())
+    return _shown(got, ids) + (", the same names under other ids" if is_renumbered else ""), _shown(expected, ids)
+
+
+def _shown(categories: Mapping[int, str], ids: list[int]) -> str:
+    different = {one: categories[one] for one in ids if one in categories}
+    first = dict(list(different.items())[:_SHOWN])
+    return (
+        f"{str(first)[:-1]}, ...}} of {len(categories)}" if len(different) > _SHOWN else f"{first} of {len(categories)}"
+    )
