@@ -167,7 +167,7 @@ def _ratios(rows: Sequence[Row], work: Work, precision: str) -> str:
 
 if __name__ == "__main__":
     tables = (
-        milliseconds_table(FOLDER / "table-xeon.md"),
+        milliseconds_table(FOLDER / "table-zen5.md"),
         summary_table(summarised()),
         deployed_table(FOLDER / "folded-xeon.md"),
     )
