@@ -172,6 +172,12 @@ def test_the_page_on_speed_shows_every_record(summary: dict[str, Any]) -> None:
     assert [path.name for path in (ROOT / "benchmarks").glob("*.md") if f"benchmarks/{path.name}" not in linked] == []
 
 
+def test_the_page_on_deployment_shows_the_record_of_engines(summary: dict[str, Any]) -> None:
+    table = summary["deployed_table"](ROOT / "benchmarks" / "folded-xeon.md")
+
+    assert table in text_of(ROOT / "docs" / "deploy.md")
+
+
 def test_the_continuous_integration_installs_and_tests_as_readme_says() -> None:
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     test_command = next(command for command in commands_of(README) if "pytest" in command)
