@@ -2,7 +2,27 @@
 
 from collections.abc import Mapping
 
+from detr_backbone.errors import ConfigError
+
 _SHOWN = 3
+
+
+def refuse_other_categories(got: Mapping[int, str], expected: Mapping[int, str], *, file: str) -> None:
+    """Refuse a dataset whose categories are not those of the detector that it is given to.
+
+    Args:
+        got: categories id -> name of the dataset.
+        expected: those of the detector.
+        file: the annotations of the dataset.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if dict(got) != dict(expected):
+        others, own = different_categories(got, expected)
+        raise ConfigError(
+            f"the categories must be the detector's | where: file={file} key=categories | got {others} expected {own}"
+        )
 
 
 def different_categories(got: Mapping[int, str], expected: Mapping[int, str]) -> tuple[str, str]:

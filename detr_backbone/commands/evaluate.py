@@ -10,7 +10,7 @@ from torch import nn
 
 from detr_backbone.backbone import fold_for_inference
 from detr_backbone.coco.annotations import load_annotations
-from detr_backbone.coco.categories import different_categories
+from detr_backbone.coco.categories import refuse_other_categories
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.coco.selection import SubsetConfig
 from detr_backbone.commands.command_line import Command, output_folder, require
@@ -201,12 +201,7 @@ def _detect(
         model: nn.Module = build_detector(settings.detector)
     else:
         model, _, categories = opened
-        if dataset.categories != categories:
-            got, expected = different_categories(dataset.categories, categories)
-            raise ConfigError(
-                f"the categories must be the detector's | where: file={split.annotations} key=categories | got {got} "
-                f"expected {expected}"
-            )
+        refuse_other_categories(dataset.categories, categories, file=split.annotations)
     exported = isinstance(model, ExportedDetector)
     if opened is not None and not exported:
         fold_for_inference(model, dtype=torch.bfloat16 if settings.mixed_precision == "bf16" else None)

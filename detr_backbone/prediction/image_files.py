@@ -9,11 +9,11 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from detr_backbone.coco.annotations import CocoAnnotations, parse_annotations, read_json
-from detr_backbone.coco.categories import different_categories
+from detr_backbone.coco.categories import refuse_other_categories
 from detr_backbone.coco.findings import KINDS
 from detr_backbone.coco.image_files import examine_files
 from detr_backbone.coco.images import readable_formats
-from detr_backbone.errors import ConfigError, DataError
+from detr_backbone.errors import DataError
 
 _NAMED_AS_PICTURES = frozenset(
     {".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".pdf", ".raf", ".raw", ".svg"}
@@ -104,12 +104,7 @@ def read_image_list(folder: Path | str, annotations: Path | str, categories: Map
         content = {"annotations": [], "categories": default} | content
     listed: CocoAnnotations = parse_annotations(content, source=str(annotations))
     own = dict(zip(listed.category_ids, listed.category_names, strict=True))
-    if own != dict(categories):
-        got, expected = different_categories(own, categories)
-        raise ConfigError(
-            f"the categories must be the detector's | where: file={annotations} key=categories | got {got} expected "
-            f"{expected}"
-        )
+    refuse_other_categories(own, categories, file=str(annotations))
     names = listed.file_names.tolist()
     skipped = {name: "missing" for name in names if not (Path(folder) / name).is_file()}
     for finding in examine_files(folder, listed.image_ids, names, source=str(annotations)):
