@@ -133,17 +133,21 @@ def _to_huggingface(state: Mapping[str, Tensor], *, deformable: bool, in_memory:
 
 
 def _name_from_huggingface(key: str, *, deformable: bool) -> str:
-    layer = _LAYER.match(key)
-    start, rest = (layer[0], key.removeprefix(layer[0])) if layer else ("", key)
-    pairs = [(their, ours) for ours, theirs in _names(deformable, layer and layer[1]) for their in theirs]
+    start, transformer, rest = _split(key)
+    pairs = [(their, ours) for ours, theirs in _names(deformable, transformer) for their in theirs]
     return start.replace("model.", "transformer.", 1) + _rename(rest, pairs)
 
 
 def _name_to_huggingface(key: str, *, deformable: bool, in_memory: bool) -> str:
-    layer = _LAYER.match(key)
-    start, rest = (layer[0], key.removeprefix(layer[0])) if layer else ("", key)
-    pairs = [(ours, theirs[-1 if in_memory else 0]) for ours, theirs in _names(deformable, layer and layer[1])]
+    start, transformer, rest = _split(key)
+    pairs = [(ours, theirs[-1 if in_memory else 0]) for ours, theirs in _names(deformable, transformer)]
     return start.replace("transformer.", "model.", 1) + _rename(rest, pairs)
+
+
+def _split(key: str) -> tuple[str, str | None, str]:
+    """Return what names a layer of a transformer, of which transformer it is, and the name within it."""
+    layer = _LAYER.match(key)
+    return ("", None, key) if layer is None else (layer[0], layer[1], key.removeprefix(layer[0]))
 
 
 def _names(deformable: bool, transformer: str | None) -> list[tuple[str, tuple[str, ...]]]:
