@@ -28,8 +28,8 @@ def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Mod
     Raises:
         ConfigError: there is no backbone in the model, or its layers were changed after it was built.
     """
-    holders = [getattr(module, "backbone", module) for module in model.modules()]
-    backbones = [module for module in holders if isinstance(module, BackboneBase)]
+    held = (getattr(module, "backbone", module) for module in model.modules())
+    backbones = dict.fromkeys(module for module in held if isinstance(module, BackboneBase))  # each once
     if not backbones:
         raise ConfigError(f"`model` must hold a backbone, got {type(model).__name__} without any")
     for backbone in backbones:
