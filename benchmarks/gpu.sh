@@ -26,12 +26,12 @@ suite() { # NAME SECONDS OPTIONS...
         --output "$folder/$name.md"
 }
 
-part environment 30 python3 -c '
+part environment 20 python3 -c '
 import torch, torchvision
 print(torch.cuda.get_device_name(), torch.__version__, torchvision.__version__, torch.version.cuda)'
-part tests 110 python3 -m pytest -q -m cuda tests/test_cuda.py -p no:cacheprovider --durations=5 \
+part tests 50 python3 -m pytest -q -m cuda tests/test_cuda.py -p no:cacheprovider --durations=5 \
     --junitxml="$folder/tests.xml"
-suite table 110 --runs 15
-suite plans 40 --runs 15
-suite detectors 70 --runs 15
-suite compiled 115 --runs 15
+suite table 190 --runs 15
+suite plans 60 --runs 15
+suite detectors 75 --runs 15
+suite compiled 85 --runs 15

@@ -209,7 +209,7 @@ def best_threads(contender: Contender, image: Case, threads: tuple[int, ...]) ->
 def in_cells(seconds: Sequence[float]) -> tuple[str, str]:
     """The median in milliseconds, and how far apart the fastest and the slowest run lie, as a share of it."""
     median = statistics.median(seconds)
-    return f"{1000 * median:.0f}", f"{(max(seconds) - min(seconds)) / median:.0%}"
+    return f"{1000 * median:.{0 if median >= 0.1 else 1}f}", f"{(max(seconds) - min(seconds)) / median:.0%}"
 
 
 def measure_import(runs: int) -> list[str]:

@@ -6,7 +6,7 @@ Prints the tables of README.md, docs/speed.md and docs/deploy.md, and draws docs
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 FOLDER = Path(__file__).parent
 PROCESSORS = {
@@ -27,6 +27,7 @@ class Row(NamedTuple):
     precision: str
     contender: str
     milliseconds: float
+    images_per_second: float
     spread: float
 
 
@@ -61,7 +62,14 @@ def read_record(path: Path) -> list[Row]:
     heading = lines[0]
     rows = [dict(zip(heading, line, strict=True)) for line in lines[2:]]
     return [
-        Row(row["case"], row["precision"], row["contender"], float(row["ms"]), float(row["spread"].strip("%")) / 100)
+        Row(
+            row["case"],
+            row["precision"],
+            row["contender"],
+            float(row["ms"]),
+            float(row["images/s"]),
+            float(row["spread"].strip("%")) / 100,
+        )
         for row in rows
     ]
 
@@ -74,8 +82,17 @@ def speed_ratio(rows: Sequence[Row], case: str, precision: str) -> float | None:
 
 
 def summarised() -> list[Path]:
-    """Return the records of backbones and detectors beside their peers."""
-    return [path for path in sorted(FOLDER.glob("*.md")) if re.match(r"(table|detectors|resnet)", path.stem)]
+    """Return the records of backbones and detectors beside their peers on processors."""
+    names = re.compile(rf"(table|detectors|resnet).*-({'|'.join(PROCESSORS)})")
+    return [path for path in sorted(FOLDER.glob("*.md")) if names.fullmatch(path.stem)]
+
+
+def on_a_gpu() -> list[list[Path]]:
+    """Return the records of docs/speed.md that were taken on a GPU, by table."""
+    return [
+        [FOLDER / f"{suite}-h100.md" for suite in suites]
+        for suites in (("table", "detectors"), ("compiled",), ("plans",))
+    ]
 
 
 def summary_table(paths: Sequence[Path]) -> str:
@@ -115,14 +132,19 @@ def milliseconds_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def deployed_table(path: Path) -> str:
-    """Return the table of docs/deploy.md: milliseconds of a forward pass in PyTorch and in engines."""
-    rows = read_record(path)
-    times = {(row.case, row.precision, row.contender): f"{row.milliseconds:.0f}" for row in rows}
+def contenders_table(
+    paths: Sequence[Path], value: Literal["milliseconds", "images_per_second"] = "milliseconds"
+) -> str:
+    """Return a table with a row for each case and precision of the records, and a column for each contender."""
+    rows = [row for path in paths for row in read_record(path)]
+    numbers = {(row.case, row.precision, row.contender): f"{getattr(row, value):.0f}" for row in rows}
     contenders = dict.fromkeys(row.contender for row in rows)
-    lines = [f"| milliseconds | precision | {' | '.join(contenders)} |", f"|{'---|' * (len(contenders) + 2)}"]
+    lines = [
+        f"| {value.replace('_', ' ')} | precision | {' | '.join(contenders)} |",
+        f"|{'---|' * (len(contenders) + 2)}",
+    ]
     for case, precision in dict.fromkeys((row.case, row.precision) for row in rows):
-        cells = (times.get((case, precision, contender), "") for contender in contenders)
+        cells = (numbers.get((case, precision, contender), "") for contender in contenders)
         lines.append(f"| {case} | {precision} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -169,7 +191,11 @@ if __name__ == "__main__":
     tables = (
         milliseconds_table(FOLDER / "table-zen5.md"),
         summary_table(summarised()),
-        deployed_table(FOLDER / "folded-xeon.md"),
+        *(contenders_table(paths, "images_per_second") for paths in on_a_gpu()),
+        contenders_table([FOLDER / "folded-xeon.md"]),
     )
     print(*tables, sep="\n\n")
-    draw_chart(sorted(FOLDER.glob("table-*.md"), reverse=True), FOLDER.parent / "docs" / "speed.jpg")
+    draw_chart(
+        [path for path in reversed(summarised()) if path.stem.startswith("table-")],
+        FOLDER.parent / "docs" / "speed.jpg",
+    )

@@ -172,8 +172,15 @@ def test_the_page_on_speed_shows_every_record(summary: dict[str, Any]) -> None:
     assert [path.name for path in (ROOT / "benchmarks").glob("*.md") if f"benchmarks/{path.name}" not in linked] == []
 
 
+def test_the_page_on_speed_shows_the_records_of_a_gpu(summary: dict[str, Any]) -> None:
+    page = text_of(ROOT / "docs" / "speed.md")
+
+    for records in summary["on_a_gpu"]():
+        assert summary["contenders_table"](records, "images_per_second") in page
+
+
 def test_the_page_on_deployment_shows_the_record_of_engines(summary: dict[str, Any]) -> None:
-    table = summary["deployed_table"](ROOT / "benchmarks" / "folded-xeon.md")
+    table = summary["contenders_table"]([ROOT / "benchmarks" / "folded-xeon.md"])
 
     assert table in text_of(ROOT / "docs" / "deploy.md")
 
