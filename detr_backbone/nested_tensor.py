@@ -138,7 +138,7 @@ class NestedTensor:
     def to(self, target: torch.device | torch.dtype | str | int, non_blocking: bool = False) -> "NestedTensor":
         """Return the batch on another device, or with `tensors` of another dtype: a mask stays bool."""
         tensors = self.tensors.to(target, non_blocking=non_blocking)
-        return NestedTensor(tensors, self.mask.to(tensors.device, non_blocking=non_blocking), sizes=self._sizes)
+        return self._with(tensors, self.mask.to(tensors.device, non_blocking=non_blocking))
 
     def record_stream(self, stream: Any) -> None:
         """Tell the allocator that another CUDA stream uses the batch, as `Tensor.record_stream` does."""
@@ -147,7 +147,13 @@ class NestedTensor:
 
     def pin_memory(self) -> "NestedTensor":
         """Return the batch in page-locked memory; called by a DataLoader with `pin_memory=True`."""
-        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), sizes=self._sizes)
+        return self._with(self.tensors.pin_memory(), self.mask.pin_memory())
+
+    def _with(self, tensors: Tensor, mask: Tensor) -> "NestedTensor":
+        """Return the batch with other tensors that hold the same."""
+        batch = NestedTensor(tensors, mask, sizes=self._sizes)
+        batch._has_mask = self._has_mask
+        return batch
 
     def __len__(self) -> int:
         return self.tensors.shape[0]
@@ -182,12 +188,9 @@ def nested_tensor_from_tensor_list(tensors: Sequence[Tensor] | Tensor) -> Nested
     sizes = [(image.shape[1], image.shape[2]) for image in tensors]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     batch = tensors[0].new_empty(len(tensors), tensors[0].shape[0], height, width)
-    mask = torch.ones(len(tensors), height, width, dtype=torch.bool, device=batch.device)
-    for index, (image, (h, w)) in enumerate(zip(tensors, sizes, strict=True)):
-        batch[index, :, :h, :w].copy_(image)
-        batch[index, :, h:] = batch[index, :, :h, w:] = 0
-        mask[index, :h, :w] = False
-    return NestedTensor(batch, mask, sizes=sizes)
+    for padded, image, (h, w) in zip(batch, tensors, sizes, strict=True):
+        padded[:, :h, :w].copy_(image)
+    return NestedTensor(zero_beyond(batch, sizes), _mask_of(batch, sizes), sizes=sizes)
 
 
 def as_nested_tensor(images: Images, sizes: Sequence[Size] | None = None) -> NestedTensor:
@@ -211,10 +214,7 @@ def as_nested_tensor(images: Images, sizes: Sequence[Size] | None = None) -> Nes
             )
         whole = nested_tensor_from_tensor_list(images)
         check_values(images)
-        mask = torch.ones_like(whole.mask)
-        for valid, (h, w) in zip(mask, check_sizes(sizes, whole.mask.shape), strict=True):
-            valid[:h, :w] = False
-        return NestedTensor(images, mask, sizes=sizes)
+        return NestedTensor(images, _mask_of(images, check_sizes(sizes, whole.mask.shape)), sizes=sizes)
     if isinstance(images, Tensor | Sequence) or not (hasattr(images, "tensors") and hasattr(images, "mask")):
         batch = nested_tensor_from_tensor_list(cast(Sequence[Tensor], images))
         check_values(cast(Sequence[Tensor], images))
@@ -263,6 +263,14 @@ def pad_to_multiple(images: NestedTensor, divisor: int) -> NestedTensor:
 def size_of(images: Tensor) -> Size:
     """(H, W) of a batch [B, C, H, W]."""
     return images.shape[-2], images.shape[-1]
+
+
+def _mask_of(tensors: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Return the mask [B, H, W] of a batch [B, C, H, W], True beyond each image's (h, w)."""
+    mask = torch.ones(tensors.shape[0], *size_of(tensors), dtype=torch.bool, device=tensors.device)
+    for padding, (h, w) in zip(mask, sizes, strict=True):
+        padding[:h, :w] = False
+    return mask
 
 
 def _flatten(batch: NestedTensor) -> tuple[list[Tensor], None]:

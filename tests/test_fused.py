@@ -30,18 +30,18 @@ TOLERANCE = 2e-5
 def primitives_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The primitives that run, in turn: "relu", "add", or "overwrite" for a sum written over what is added."""
     calls: list[str] = []
-    convolve, convolve_and_add = primitives.convolve, primitives.convolve_and_add
+    conv_relu, conv_add_relu = primitives.conv_relu, primitives.conv_add_relu
 
     def with_relu(*args: Any) -> Tensor:
         calls.append("relu")
-        return convolve(*args)
+        return conv_relu(*args)
 
     def with_sum(*args: Any, overwrite: bool) -> Tensor:
         calls.append("overwrite" if overwrite else "add")
-        return convolve_and_add(*args, overwrite=overwrite)
+        return conv_add_relu(*args, overwrite=overwrite)
 
-    monkeypatch.setattr(fused, "convolve", with_relu)
-    monkeypatch.setattr(fused, "convolve_and_add", with_sum)
+    monkeypatch.setattr(fused, "conv_relu", with_relu)
+    monkeypatch.setattr(fused, "conv_add_relu", with_sum)
     return calls
 
 
@@ -560,33 +560,33 @@ def _absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _raising(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convolve(*_: Any) -> Tensor:
+    def conv_relu(*_: Any) -> Tensor:
         raise RuntimeError("mkldnn: could not create a primitive")
 
-    monkeypatch.setattr(primitives, "convolve", convolve)
+    monkeypatch.setattr(primitives, "conv_relu", conv_relu)
 
 
 def _another_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primitives, "convolve", lambda: None)
+    monkeypatch.setattr(primitives, "conv_relu", lambda: None)
 
 
 def _without_relu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convolve(kind: primitives.Kind, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def conv_relu(kind: primitives.Kind, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, kind.stride, kind.padding, kind.dilation, kind.groups)
 
-    monkeypatch.setattr(primitives, "convolve", convolve)
+    monkeypatch.setattr(primitives, "conv_relu", conv_relu)
 
 
 def _without_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convolve_and_add(*args: Any, overwrite: bool) -> Tensor:
-        return primitives.convolve(*args[:4])
+    def conv_add_relu(*args: Any, overwrite: bool) -> Tensor:
+        return primitives.conv_relu(*args[:4])
 
-    monkeypatch.setattr(primitives, "convolve_and_add", convolve_and_add)
+    monkeypatch.setattr(primitives, "conv_add_relu", conv_add_relu)
 
 
 def _nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    convolve = primitives.convolve
-    monkeypatch.setattr(primitives, "convolve", lambda *args: convolve(*args) * torch.nan)
+    conv_relu = primitives.conv_relu
+    monkeypatch.setattr(primitives, "conv_relu", lambda *args: conv_relu(*args) * torch.nan)
 
 
 @pytest.mark.parametrize("fault", [_absent, _raising, _another_signature, _without_relu, _without_sum, _nan])

@@ -35,6 +35,17 @@ def test_a_batch_of_one_size_is_not_padded() -> None:
     assert nested_tensor_from_tensor_list([torch.ones(3, 4, 9), torch.ones(3, 4, 8)]).is_padded
 
 
+def test_a_batch_without_a_mask_has_none_after_a_move_either_where_torch_compiles() -> None:
+    def is_padded(batch: NestedTensor) -> bool:
+        return batch.is_padded
+
+    compiled = torch.compile(is_padded, backend="eager", fullgraph=True)
+    unpadded, padded = torch.ones(1, 3, 4, 9), [torch.ones(3, 4, 9), torch.ones(3, 4, 8)]
+
+    assert not compiled(NestedTensor(unpadded, None).to(torch.float64))
+    assert compiled(nested_tensor_from_tensor_list(padded).to(torch.float64))
+
+
 def test_a_missing_mask_means_that_nothing_is_padded() -> None:
     batch = NestedTensor(torch.ones(2, 3, 4, 5), None)
 

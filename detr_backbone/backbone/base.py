@@ -120,7 +120,8 @@ class BackboneBase(nn.Module):
         """Return levels [B, C, h, w] with their masks under "0", "1", …, finest first; h = ceil(H / stride).
 
         Images that share a pass are the whole batch or, where that is exact alone or faster, those of equal size; a
-        hook on a layer fires once for each pass.
+        hook on a layer fires once for each pass. A network that was changed after it was built runs by size, without
+        folding: its padding was planned for other layers.
 
         Args:
             images: a NestedTensor of this package or any other, or what makes one: images [C, h, w] of any sizes, or a
@@ -139,7 +140,7 @@ class BackboneBase(nn.Module):
         return self._run(batch, state)
 
     def forward_by_size(self, images: Images, sizes: Sequence[Size] | None = None) -> dict[str, NestedTensor]:
-        """Return what `forward` does, from a pass for each size of image: exact for every network.
+        """Return the levels as `forward` does, from a pass for each size of image: exact for every network.
 
         Raises:
             ConfigError: the network is sharded layer by layer, so that all processes must make the same passes.
@@ -149,7 +150,7 @@ class BackboneBase(nn.Module):
     def forward_whole_batch(
         self, images: Images, sizes: Sequence[Size] | None = None, *, folds: bool = True
     ) -> dict[str, NestedTensor]:
-        """Return what `forward` does, from one pass: exact where `batching` is "masked" or all sizes are equal.
+        """Return the levels as `forward` does, from one pass: exact if `batching` is "masked" or all sizes are equal.
 
         Args:
             images: see `forward`.
@@ -230,7 +231,7 @@ class BackboneBase(nn.Module):
             self.num_channels = self.channels[-1]
 
     def _run(self, images: NestedTensor, state: Pass | None) -> dict[str, NestedTensor]:
-        """Return the levels from one pass in this state; None lets every layer do its own work alone."""
+        """Return the levels from one pass in this state; None runs every layer by itself, nothing folded or fused."""
         batch = self.pad(images)
         padded = batch if self._zeroes_padding and batch.is_padded else None
         memory_format = torch.channels_last if self._channels_last else torch.preserve_format

@@ -1,1 +1,1 @@
-"""COCO datasets: reading and checking them, transforming and drawing samples, evaluating detections."""
+"""COCO datasets: reading and checking them, transforming them, drawing samples."""

@@ -1,4 +1,6 @@
-"""COCO's numbers from matches: of the images as they are, or of thousands of resamples of them at once.
+"""COCO's numbers from matches (the backend "matching"; `cocoeval` is the default).
+
+They are of the images as they are, or of thousands of resamples of them at once.
 
 A resample weights each image by how often it was drawn, instead of copying it. Its numbers equal those that pycocotools
 gives for the copies, copies of an image next to each other, where no two detections of a class in one image have the

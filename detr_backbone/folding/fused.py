@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from detr_backbone.folding.fold import compute_dtype, replace, retype
 from detr_backbone.folding.fusions import ADDS, RELUS
-from detr_backbone.folding.primitives import Kind, convolve, convolve_and_add, is_usable, kind_of
+from detr_backbone.folding.primitives import Kind, conv_add_relu, conv_relu, is_usable, kind_of
 from detr_backbone.forward_pass import Pass, PerThread
 
 _IN_PLACE = (torch.relu_, Tensor.relu_, Tensor.add_)
@@ -41,7 +41,7 @@ class FusedConv2d(nn.Conv2d):
         """Return relu(conv(x) + other), or relu(conv(x)); None if that is no primitive for such a sum."""
         kind = cast(Kind, kind_of(self))
         if other is None:
-            return convolve(kind, x, self.weight, self.bias)
+            return conv_relu(kind, x, self.weight, self.bias)
         fits = other.shape == kind.output_shape(x.shape) and other.dtype == x.dtype and _is_plain(other)
         if not fits or not is_usable(kind, adds=True):
             return None
@@ -49,7 +49,7 @@ class FusedConv2d(nn.Conv2d):
         in_place = (
             may_overwrite and not torch.is_grad_enabled() and other.is_inference() == torch.is_inference_mode_enabled()
         )
-        return convolve_and_add(kind, x, self.weight, self.bias, other, overwrite=in_place)
+        return conv_add_relu(kind, x, self.weight, self.bias, other, overwrite=in_place)
 
     def _is_in_pass(self) -> bool:
         _, _, passes = self.fusing

@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 # A sum in another order moves a result by a few units in the last of 24 or 8 bits; a step left out, by half of it.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
-_CHANNELS_LAST = torch.channels_last
 
 
 class Kind(NamedTuple):
@@ -61,14 +60,14 @@ def kind_of(convolution: nn.Conv2d) -> Kind | None:
     )
 
 
-def convolve(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv_relu(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return relu(conv(x)), in torch.channels_last like the input [B, C, H, W]."""
     geometry = (kind.padding, kind.stride, kind.dilation, kind.groups)
     operator: Any = torch.ops.mkldnn._convolution_pointwise.default
     return cast(Tensor, operator(x, weight, bias, *geometry, "relu", [], ""))
 
 
-def convolve_and_add(
+def conv_add_relu(
     kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, *, overwrite: bool
 ) -> Tensor:
     """Return relu(conv(x) + other).
@@ -91,7 +90,7 @@ def convolve_and_add(
 
 
 def is_usable(kind: Kind, *, adds: bool = False) -> bool:
-    """Return whether `convolve`, or `convolve_and_add`, runs here and gives what the public operators give."""
+    """Return whether `conv_relu`, or `conv_add_relu`, runs here and gives what the public operators give."""
     return bool(torch.backends.mkldnn.enabled) and _has_operators() and _is_equal(kind, adds=adds)
 
 
@@ -139,17 +138,17 @@ def _largest_difference(kind: Kind, *, adds: bool) -> float:
     weight = draw(kind.out_channels, kind.in_channels // kind.groups, *kind.kernel_size)
     bias = draw(kind.out_channels)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = draw(2, kind.in_channels, *sides).to(memory_format=_CHANNELS_LAST)
-        weight = weight.to(memory_format=_CHANNELS_LAST)
+        x = draw(2, kind.in_channels, *sides).to(memory_format=torch.channels_last)
+        weight = weight.to(memory_format=torch.channels_last)
         convolved = F.conv2d(x, weight, bias, kind.stride, kind.padding, kind.dilation, kind.groups)
         if adds:
             other = torch.empty_like(convolved).copy_(draw(*convolved.shape) * convolved.abs().max())
             convolved = convolved + other
             results = [
-                convolve_and_add(kind, x, weight, bias, other, overwrite=False),
-                convolve_and_add(kind, x, weight, bias, other, overwrite=True),
+                conv_add_relu(kind, x, weight, bias, other, overwrite=False),
+                conv_add_relu(kind, x, weight, bias, other, overwrite=True),
             ]
         else:
-            results = [convolve(kind, x, weight, bias)]
+            results = [conv_relu(kind, x, weight, bias)]
         expected = torch.relu(convolved)
         return float(max((result - expected).abs().max() for result in results) / expected.abs().max())
