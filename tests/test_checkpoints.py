@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detr_backbone import BackboneConfig
 from detr_backbone.checkpoints.categories import COCO_NAMES, matching_classes
-from detr_backbone.checkpoints.config import config_from_dict, detector_config
+from detr_backbone.checkpoints.config import config_from_dict, detector_config, refuse_other_settings
 from detr_backbone.checkpoints.detector_file import read_detector
 from detr_backbone.checkpoints.layouts import Layout, from_original
 from detr_backbone.checkpoints.load import load_detector
@@ -338,6 +338,46 @@ def test_a_checkpoint_of_training_brings_its_own_configuration(detr: DETR, tmp_p
 def test_a_saved_configuration_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(WeightsError, match=r"saved configuration cannot be read: .*nhead"):
         config_from_dict(DetectorConfig, {"nhead": 8})
+
+
+TOLD = {
+    "attention heads": ({"args": argparse.Namespace(nheads=4)}, SMALL, "nheads .* got 4 expected 8"),
+    "dilation": ({"args": {"dilation": True}}, SMALL, r"backbone\.dilation .* got True expected False"),
+    "positions": (
+        {"args": argparse.Namespace(nheads=8)},
+        replace(DEFORMABLE, backbone=replace(DEFORMABLE.backbone, position_encoding=PositionEncodingConfig())),
+        r"backbone\.position_encoding .* offset=-0\.5\) expected .* offset=0\.0\)",
+    ),
+    "its own configuration": (
+        {
+            "config": {
+                "detector": {"num_classes": 3, "backbone": {"name": "resnet18", "position_encoding": {"offset": 1}}}
+            }
+        },
+        SMALL,
+        r"backbone\.position_encoding .* offset=1\.0\) expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_start_whose_file_tells_other_settings_is_refused(
+    request: pytest.FixtureRequest, tmp_path: Path, case: str
+) -> None:
+    told, config, message = TOLD[case]
+    model = request.getfixturevalue("detr" if config is SMALL else "deformable")
+    source = read_detector(saved(tmp_path / "weights.pth", {"model": tensors_of(model)} | told))
+
+    with pytest.raises(WeightsError, match=rf"other settings .* key=detector\.{message}") as error:
+        refuse_other_settings(source, config)
+    assert "\n" not in str(error.value)
+    refuse_other_settings(source, detector_config(source))
+
+
+def test_a_start_whose_file_tells_nothing_is_taken_as_it_is(detr: DETR, tmp_path: Path) -> None:
+    source = read_detector(saved(tmp_path / "weights.pth", tensors_of(detr)))
+
+    refuse_other_settings(source, replace(SMALL, nheads=4, backbone=replace(RESNET, name="timm/resnet18")))
 
 
 @torch.no_grad()

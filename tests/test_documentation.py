@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from torchvision.models import get_model_weights
 
-from detr_backbone.training.config import TrainConfig
+from detr_backbone.training.config import TrainConfig, parse_config
 from detr_backbone.training.config_errors import keys_of
 from tests.processes import ROOT, Ended
 
@@ -89,6 +90,14 @@ def test_every_command_has_the_options_that_it_is_given(
     assert shown.code == 0
     keys = {f"--{key}" for key in keys_of(TrainConfig)} if name in ("evaluate", "predict", "inspect") else set()
     assert options <= set(re.findall(r"--[a-z0-9_.]+", shown.out)) | keys
+
+
+def test_the_recipe_for_own_data_starts_from_pretrained_weights() -> None:
+    (command,) = [command for command in commands_of(README) if command.startswith("detr-backbone train")]
+    backbone = parse_config(shlex.split(command)[2:]).detector.backbone
+
+    assert "mine/train.json" in command
+    assert backbone.weights in get_model_weights(backbone.name).__members__
 
 
 def setup() -> ConfigParser:

@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import http.server
+import importlib
 import json
 import multiprocessing
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detr_backbone import Backbone, BackboneConfig
-from detr_backbone.checkpoints.load import load_detector
+from detr_backbone.checkpoints.open import open_detector
 from detr_backbone.checkpoints.pretrained import PretrainedBackbone, PretrainedDetector
 from detr_backbone.detectors import DetectorConfig
-from detr_backbone.errors import WeightsError
+from detr_backbone.errors import ConfigError, WeightsError
 from detr_backbone.weights.hub import hub_folder
 from detr_backbone.weights.locate import locate_weights
 from detr_backbone.weights.read import read_weights
@@ -277,8 +279,11 @@ def test_a_saved_detector_is_built_again_with_its_categories(detector: Pretraine
 
 def test_its_folder_is_a_detectors_file_like_any_other(detector: PretrainedDetector, tmp_path: Path) -> None:
     detector.save_pretrained(tmp_path)
+    opened = open_detector(str(tmp_path))
 
-    assert load_detector(PretrainedDetector(DETECTOR).detector, str(tmp_path)).layout.names == "original"
+    assert opened.config == DETECTOR
+    assert opened.categories == {1: "cat", 5: "dog"}
+    assert opened.report.layout.names == "original"
 
 
 def test_a_folder_of_another_backbone_is_refused(tmp_path: Path) -> None:
@@ -304,3 +309,21 @@ def test_a_pushed_detector_comes_back_from_the_hub(hub: Hub, detector: Pretraine
 
     assert {"model.safetensors", "config.json", "README.md"} <= hub.committed.keys()
     assert all(torch.equal(tensor, detector.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+def test_a_pushed_backbone_comes_back_from_the_hub(hub: Hub) -> None:
+    backbone = PretrainedBackbone(BACKBONE)
+    backbone.push_to_hub("owner/name", token="hf_none")
+    for name, content in hub.committed.items():
+        hub.add("owner/name", name, content)
+    again = PretrainedBackbone.from_pretrained("owner/name", revision=COMMIT)
+
+    assert again.config == BACKBONE
+    assert all(torch.equal(tensor, backbone.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+def test_without_the_library_of_the_hub_saving_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.delitem(sys.modules, "detr_backbone.checkpoints.pretrained")
+    with pytest.raises(ConfigError, match=r"pretrained needs huggingface_hub: pip install 'detr_backbone\[hub\]'"):
+        importlib.import_module("detr_backbone.checkpoints.pretrained")

@@ -98,6 +98,19 @@ def test_a_backbone_loads_from_every_layout_and_says_which(tmp_path: Path, layou
     assert (backbone.weights.layout, backbone.weights.inside) == (layout, "model")
 
 
+def test_a_backbone_loads_from_a_checkpoint_of_rt_detr(tmp_path: Path) -> None:
+    state = timm.create_model("resnet50d", num_classes=0).state_dict()
+    module = {f"backbone.{key}": tensor for key, tensor in from_torchvision(state, "presnet").items()}
+    module["decoder.dec_score_head.0.bias"] = torch.ones(2)
+    torch.save({"last_epoch": 71, "ema": {"module": module, "updates": 7}}, tmp_path / "weights.pth")
+    weights = str(tmp_path / "weights.pth")
+    backbone = Backbone("timm/resnet50d", weights=weights, return_layers=["layer1"], train_layers=[])
+
+    assert all(torch.equal(tensor, state[key]) for key, tensor in backbone.body.state_dict().items())
+    assert backbone.weights is not None
+    assert (backbone.weights.layout, backbone.weights.inside) == ("presnet", "ema.module.backbone")
+
+
 @torch.no_grad()
 def test_transformers_own_resnet_gives_the_same_features(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")  # too large for every test run

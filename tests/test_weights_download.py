@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +104,18 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_server_is_waited_for(tmp_path: Path) -> None:
     with serving(slow) as (url, _):
         assert download(url, tmp_path, timeout=5).read_bytes() == CONTENT
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(whole) as (url, _):
+        download(url, tmp_path / "piped")
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        download(url, tmp_path / "terminal")
+
+    assert capsys.readouterr().err.endswith(f"\r{NAME}: 0.0 of 0.0 MB\n")
 
 
 # what the server does, what the error says, how often it is asked

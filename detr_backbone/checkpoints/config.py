@@ -1,7 +1,8 @@
 """The configuration of a published detector, from the shapes of its tensors and from what is saved beside them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -18,6 +19,16 @@ from detr_backbone.position_encoding import PositionEncodingConfig
 from detr_backbone.weights.zoo import ZOO
 
 T = TypeVar("T")
+NOT_SHOWN = (
+    "nheads",
+    "enc_n_points",
+    "dec_n_points",
+    "anchor_size",
+    "with_box_refine",
+    "backbone.dilation",
+    "backbone.position_encoding",
+)
+"""What changes the outputs of a detector, but not the names and shapes of its tensors."""
 RESNETS = {
     # blocks of each stage, bottleneck -> name
     ((2, 2, 2, 2), False): "resnet18",
@@ -57,10 +68,10 @@ def detector_config(source: DetectorFile, *, padding: Padding = "exact") -> Dete
     Raises:
         WeightsError: a tensor is missing that shows a size, or the backbone is no ResNet of torchvision.
     """
-    saved = source.file.extras.get("config")
-    if isinstance(saved, Mapping) and isinstance(saved.get("detector"), Mapping):
-        backbone = dict(saved["detector"].get("backbone", {})) | {"weights": None}
-        return config_from_dict(DetectorConfig, dict(saved["detector"]) | {"backbone": backbone})
+    saved = _saved_config(source)
+    if saved is not None:
+        backbone = dict(saved.get("backbone", {})) | {"weights": None}
+        return config_from_dict(DetectorConfig, dict(saved) | {"backbone": backbone})
     state, told = source.state, _told(source)
     try:
         return _config(state, told, num_classes=source.num_classes, padding=padding)
@@ -68,6 +79,34 @@ def detector_config(source: DetectorFile, *, padding: Padding = "exact") -> Dete
         raise WeightsError(f"weights lack a tensor | where: file={source.file.path} key={error.args[0]}") from error
     except WeightsError as error:
         raise WeightsError(f"{error} | where: file={source.file.path}") from error
+
+
+def refuse_other_settings(source: DetectorFile, config: DetectorConfig) -> None:
+    """Raise where a file tells another value than a configuration of what tensors do not show.
+
+    Args:
+        source: the file; what is told neither in it nor beside it is not compared.
+        config: of the detector of the same name that is to take its weights.
+
+    Raises:
+        WeightsError: attention would have other heads, the backbone another dilation, positions another scale, …
+    """
+    told = _told(source)
+    compared: Collection[str] = [key for key in NOT_SHOWN if key.rpartition(".")[2] in told]
+    if _saved_config(source) is not None:
+        compared = NOT_SHOWN
+    elif told:
+        compared = [*compared, "backbone.position_encoding"]  # which is the detector's
+    if not compared:
+        return
+    theirs = detector_config(source)
+    for key in compared if theirs.name == config.name else ():
+        value, ours = attrgetter(key)(theirs), attrgetter(key)(config)
+        if value != ours:
+            raise WeightsError(
+                f"weights of other settings | where: file={source.file.path} key=detector.{key} | got {value} expected "
+                f"{ours} | fix: set it as the file tells it"
+            )
 
 
 def _config(
@@ -126,6 +165,13 @@ def _config(
         cls_loss_coef=2.0,
         **common,
     )
+
+
+def _saved_config(source: DetectorFile) -> Mapping[str, Any] | None:
+    """What this package saved of the detector's configuration in the file or beside it."""
+    saved = source.file.extras.get("config")
+    detector = saved.get("detector") if isinstance(saved, Mapping) else None
+    return detector if isinstance(detector, Mapping) else None
 
 
 def _told(source: DetectorFile) -> dict[str, Any]:

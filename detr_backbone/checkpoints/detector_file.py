@@ -1,7 +1,7 @@
 """A detector's file, with its tensors under the original names whatever library wrote it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -51,13 +51,22 @@ def read_detector(weights: str) -> DetectorFile:
         WeightsError: there is none, it cannot be read, or its layout is not known.
     """
     located = locate_weights(weights)
-    file = read_weights(located.path)
+    file = _with_folder_config(read_weights(located.path))
     try:
         layout = find_detector_layout(file.tensors)
         state = _with_shared_heads(to_original(file.tensors, layout))
     except WeightsError as error:
         raise WeightsError(f"{error} | where: file={file.path}") from error
     return DetectorFile(file=file, layout=layout, state=state, mean_std=located.mean_std or _mean_std(file))
+
+
+def _with_folder_config(file: WeightsFile) -> WeightsFile:
+    """Return the file with what `PretrainedDetector` wrote beside it, as a checkpoint of training holds it inside."""
+    config = folder_config(file)
+    if not isinstance(config.get("detector"), Mapping):
+        return file
+    told = {key: tuple(config[key]) for key in ("category_names", "category_ids") if config.get(key)}
+    return replace(file, extras={"config": config, **told})
 
 
 def _with_shared_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

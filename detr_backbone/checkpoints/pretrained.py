@@ -9,8 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
-from huggingface_hub import ModelHubMixin
-from huggingface_hub.constants import CONFIG_NAME
 from torch import Tensor, nn
 
 from detr_backbone.backbone import BackboneBase, BackboneConfig, Joiner, build_backbone
@@ -19,11 +17,17 @@ from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.checkpoints.open import open_detector
 from detr_backbone.checkpoints.write import write_weights
 from detr_backbone.detectors import DetectorConfig, build_detector
-from detr_backbone.errors import WeightsError
+from detr_backbone.errors import ConfigError, WeightsError
 from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.weights.hub import WEIGHTS, hub_folder
 from detr_backbone.weights.load import check_tensor
 from detr_backbone.weights.read import read_weights
+
+try:
+    from huggingface_hub import ModelHubMixin
+    from huggingface_hub.constants import CONFIG_NAME
+except ImportError as error:
+    raise ConfigError(f"{__name__} needs huggingface_hub: pip install 'detr_backbone[hub]'") from error
 
 
 class _FromFolder(ModelHubMixin):

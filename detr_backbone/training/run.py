@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from detr_backbone.checkpoints.config import refuse_other_settings
+from detr_backbone.checkpoints.detector_file import read_detector
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.coco.dataset import CocoDetection
 from detr_backbone.detectors import build_detector, build_postprocess
@@ -77,8 +79,10 @@ class Run:
         is_whole = previous is not None or config.init_from is not None
         model = build_detector(without_pretrained(config.detector) if is_whole else config.detector)
         if previous is None and config.init_from is not None:  # before weights are averaged
+            source = read_detector(config.init_from)
+            refuse_other_settings(source, config.detector)
             loaded = load_detector(
-                model, config.init_from, init_classes=config.init_classes, category_names=train_set.category_names
+                model, source, init_classes=config.init_classes, category_names=train_set.category_names
             )
             transforms = config.data.transforms
             self.log.say(f"{loaded}\n{loaded.compare_images(transforms.mean, transforms.std)}")
