@@ -173,12 +173,19 @@ def write(name: str, text: str) -> Any:
     return lambda folder: (folder / name).write_text(text)
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
+LAUGHS += "names: *a19"
 REFUSED: dict[str, tuple[str, type[DetrBackboneError], str, Any]] = {
     "class beyond the names": ("yolo", AnnotationError, "7", write("train/labels/a.txt", "7 0.5 0.5 0.1 0.1")),
     "half a polygon": ("yolo", AnnotationError, "a.txt line=2 |", write("train/labels/a.txt", "\n0 0.5 0.5 0.1")),
     "words": ("yolo", AnnotationError, "cat", write("train/labels/a.txt", "cat 0.5 0.5 0.1 0.1")),
     "no names": ("yolo", AnnotationError, "key=names", write("data.yaml", "train: train/images")),
     "no such split": ("yolo", DataError, "key=train", write("data.yaml", "names: [cat]")),
+    "names that refer to themselves": ("yolo", AnnotationError, "key=names", write("data.yaml", "names: &a [*a]")),
+    "names in letters": ("yolo", AnnotationError, "key=names", write("data.yaml", "train: train/images\nnames: cat")),
+    "billion laughs": ("yolo", AnnotationError, "key=names", write("data.yaml", LAUGHS)),
+    "no YAML": ("yolo", AnnotationError, "data.yaml", write("data.yaml", "names: [cat")),
+    "several folders": ("yolo", DataError, "key=train", write("data.yaml", "train: [a, b]\nnames: [cat]")),
     "list of files": ("yolo", DataError, "file=", write("data.yaml", "train: data.yaml\nnames: [cat]")),
     "damaged image": ("yolo", DataError, "a.jpg", write("train/images/a.jpg", "<html>")),
     "XML cut off": ("voc", AnnotationError, "folder=", write("Annotations/a.xml", "<annotation><size>")),

@@ -290,16 +290,27 @@ def test_how_many_pictures_have_nothing_is_said(command: Run, tiny_run: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.json"]
 
 
-def test_the_best_threshold_is_that_of_the_report(command: Run, tiny_run: Path, tmp_path: Path) -> None:
+def test_the_best_threshold_is_that_of_the_report_or_else_of_the_checkpoint(
+    command: Run, tiny_run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "report.json").write_text('{"operating_point": {"score": 0.125}}', encoding="utf-8")
-    options = ("--checkpoint", "run/checkpoint.pt", "--images", "shapes/val", "--threshold", "best")
-    ended = command(tiny_run, "predict", *options, "--report", str(tmp_path), "--output", str(tmp_path / "found"))
-    without = command(tiny_run, "predict", *options, "--output", str(tmp_path / "found"))
+    checkpoint = load_checkpoint(tiny_run / "run" / "checkpoint.pt")
+    torch.save({**vars(checkpoint), "threshold": 0.375}, tmp_path / "evaluated.pt")
+    torch.save({**vars(checkpoint), "threshold": None}, tmp_path / "not.pt")
 
-    assert (ended.code, without.code) == (0, 2)
-    content = json.loads((tmp_path / "found" / "predictions.json").read_text(encoding="utf-8"))
-    assert content["threshold"] == 0.125
-    assert "report.json" in without.err
+    def best(checkpoint: str, *options: str) -> Ended:
+        options = ("--checkpoint", checkpoint, "--images", "shapes/val", "--threshold", "best", *options)
+        return command(tiny_run, "predict", *options, "--limit", "1", "--output", str(tmp_path / "found"))
+
+    for expected, words in (
+        (0.125, ("run/checkpoint.pt", "--report", str(tmp_path))),
+        (0.375, (f"{tmp_path}/evaluated.pt",)),
+    ):
+        assert best(*words).code == 0
+        content = json.loads((tmp_path / "found" / "predictions.json").read_text(encoding="utf-8"))
+        assert content["threshold"] == expected
+    without = best(f"{tmp_path}/not.pt")
+    assert (without.code, "report.json" in without.err) == (2, True)
 
 
 def test_predictions_can_be_evaluated(command: Run, tiny_run: Path, tmp_path: Path) -> None:

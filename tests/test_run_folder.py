@@ -1,5 +1,6 @@
 """Nothing fails late: what a run needs of its folder is known before any work, and a full disk loses nothing."""
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from detr_backbone.errors import CheckpointError, ConfigError
+from detr_backbone.errors import CheckpointError, ConfigError, ResourceError
 from detr_backbone.training import Checkpoint, TrainConfig, config_to_dict, load_checkpoint, train
-from detr_backbone.training.checkpoint import save_checkpoint
-from detr_backbone.training.run_folder import CHECKPOINT, RunFolder
+from detr_backbone.training.checkpoint import restore, save_checkpoint
+from detr_backbone.training.progress import write_rows
+from detr_backbone.training.run_folder import CHECKPOINT, METRICS, RunFolder
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -75,6 +77,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path: Path) -
     assert load_checkpoint(tmp_path / CHECKPOINT).step == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_leaves_the_table_as_it_was(tmp_path: Path) -> None:
+    write_rows([{"epoch": 1}], tmp_path / METRICS)
+    before = (tmp_path / METRICS).read_bytes()
+    (tmp_path / "metrics.partial").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=rf"file={tmp_path / METRICS} \| got No space left on device \| fix"):
+        write_rows([{"epoch": 1}, {"epoch": 2}], tmp_path / METRICS)
+
+    assert [file.name for file in tmp_path.iterdir()] == [METRICS]
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
 def test_the_checkpoints_before_the_newest_move_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, keep=3)
     for step in (1, 2, 3, 4, 4):  # the last is a later state of the same step
@@ -116,6 +130,25 @@ def test_a_kill_between_two_names_leaves_one(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemError):
         folder.save(checkpoint(2))
     assert folder.newest_valid()[0].step == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [([3, 1], "got a moment of \\[1, 3\\] expected \\[1, 2\\]"), ([2, 3, 1], "doesn't match the size")],
+)
+def test_the_optimiser_of_another_detector_is_refused_before_its_first_step(other: list[int], message: str) -> None:
+    def trained(*widths: int) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+        layers = [torch.nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
+        optimizer = torch.optim.AdamW(torch.nn.ModuleList(layers).parameters())
+        sum(layer.weight.sum() for layer in layers).backward()
+        optimizer.step()
+        return torch.nn.Sequential(*layers), optimizer
+
+    model, optimizer = trained(2, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, float)
+    swapped = replace(checkpoint(1), model=model.state_dict(), optimizer=trained(*other)[1].state_dict())
+    with pytest.raises(CheckpointError, match=rf"key=optimizer \| got .*{message}"):
+        restore(swapped, model, optimizer, schedule)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

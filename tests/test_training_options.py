@@ -1,8 +1,11 @@
 """What a run does besides training: averages, stops early, tells trackers, draws curves, diagnoses."""
 
+import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +14,25 @@ from PIL import Image
 from torch import nn
 
 from detr_backbone.coco.shapes import draw_shapes
-from detr_backbone.detectors import build_detector
+from detr_backbone.detectors import DeformableDETR, build_detector
 from detr_backbone.errors import CheckpointError, ConfigError, NumericsError, ResourceError
 from detr_backbone.nested_tensor import nested_tensor_from_tensor_list
-from detr_backbone.training import OptimizerConfig, TrainConfig, detector_of, load_checkpoint, train
+from detr_backbone.training import (
+    OptimizerConfig,
+    TrainConfig,
+    build_accelerator,
+    detector_of,
+    load_checkpoint,
+    open_split,
+    train,
+)
 from detr_backbone.training.average import WeightAverage
+from detr_backbone.training.data import train_loader
 from detr_backbone.training.finite import replay
 from detr_backbone.training.machine_faults import explain_memory
 from detr_backbone.training.optimizer import build_optimizer
 from detr_backbone.training.overfit import overfit_config, overfit_verdict
+from detr_backbone.training.progress import Means, RunLog
 from detr_backbone.training.run_folder import CHECKPOINT
 from detr_backbone.training.step import Learner
 from detr_backbone.training.trackers import require_trackers
@@ -60,6 +73,22 @@ def test_a_run_without_validation_ends_without_numbers(
         assert picture.size == (1200, 400)
 
 
+def test_the_time_left_is_that_of_the_whole_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(step=60)
+    monkeypatch.setattr("detr_backbone.training.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    means = Means({"sums": {"loss": torch.tensor(2.0)}, "count": 1, "pixels": 1, "cells": 1})
+    log = RunLog(is_main=True, every=0)
+    list(log.steps([0, 1], means, "epoch 1/3", done=3, per_epoch=5, left_after=10))
+
+    # A step takes a minute; after the first, one is left in the epoch and ten are left after it.
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 1/3  step 4/5  11 min left  loss 2.000",
+        "epoch 1/3  step 5/5  10 min left  loss 2.000",
+    ]
+
+
 def test_the_average_of_weights_follows_its_decay() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)
@@ -95,6 +124,25 @@ def test_accumulated_batches_are_one_step_with_their_mean_gradient(shapes: Path,
 
     assert taken == [[2, 2, 2], [2, 2, 2]]
     assert load_checkpoint(tmp_path / CHECKPOINT).images_per_step == 6
+
+
+def test_the_gradient_of_equal_batches_is_that_of_one(shapes: Path, tmp_path: Path) -> None:
+    config = twelve_steps(shapes, tmp_path, optimizer=OptimizerConfig(clip_max_norm=0))
+    config = replace(config, detector=replace(config.detector, dropout=0.0, num_classes=4))
+    batch = next(iter(train_loader(open_split(config.data, config.data.train, train=True), config.data)[0]))
+    moments = []
+    for batches in ([batch], [batch, batch]):
+        torch.manual_seed(0)
+        learner = Learner(
+            build_detector(config.detector), config, build_accelerator(), steps_per_epoch=6, folder=tmp_path
+        )
+        learner.prepare(step=0)
+        learner.step(batches, 0)
+        moments.append([state["exp_avg"] for state in learner.optimizer.state.values()])
+
+    # Halves add up exactly; Adam's first moment is a tenth of the gradient, its step is not.
+    assert max(float(moment.abs().max()) for moment in moments[0]) > 1e-3
+    assert all(torch.equal(one, two) for one, two in zip(*moments, strict=True))
 
 
 def test_accumulating_more_batches_than_there_are_is_refused(shapes: Path, tmp_path: Path) -> None:
@@ -164,6 +212,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_keeps_nothing(
     output = capsys.readouterr().out
     for words in (
         ", 4 per step",
+        "backbone          524,288 parameters  lr 1e-05",
         "level      0: [4, 64, ",
         "a cell for every 4 pixels",
         "backbone.0.body.layer1                  0 trained      147,456 frozen",
@@ -186,6 +235,18 @@ def test_learning_by_heart_trains_and_evaluates_the_same_images(shapes: Path, tm
     assert config.detector.dropout == 0
     assert config.optimizer.epochs == config.eval_every == 300
     assert Path(config.output_dir) == tmp_path / "run" / "overfit_6"
+
+
+def test_learning_by_heart_ends_with_its_verdict_in_a_folder_of_its_own(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_backbone.training.overfit.STEPS", 2)
+        train(twelve_steps(shapes, tmp_path, overfit=4))
+
+    assert re.search(r"it (learns|does not learn).* on the 4 images it was trained on, loss ", capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["overfit_4"]
+    assert load_checkpoint(tmp_path / "overfit_4" / CHECKPOINT).step == 2
 
 
 @pytest.mark.parametrize(
@@ -231,22 +292,46 @@ def test_a_loss_that_is_not_finite_is_named_and_its_batch_runs_again(shapes: Pat
         replay(tmp_path / "none.pt")
 
 
-def test_a_gradient_that_is_not_finite_names_step_and_images(shapes: Path, tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_names_the_batch_it_comes_from_which_runs_again(
+    shapes: Path, tmp_path: Path
+) -> None:
     config = twelve_steps(shapes, tmp_path, checkpoint_every=0)
+    config = replace(config, optimizer=replace(config.optimizer, accumulate_steps=2))
+    forward = DeformableDETR.forward
+    passes: list[list[int]] = []
 
-    def poison_gradient(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * math.nan
+    def poisoned(self: DeformableDETR, images: Any, targets: Any) -> dict[str, Any]:
+        outputs = forward(self, images, targets)
+        passes.append([target["image_id"] for target in targets])
+        if passes[-1:] == passes[1:2] and torch.is_grad_enabled():  # the second batch of a step, whenever it comes
+            outputs["pred_logits"].register_hook(lambda gradient: gradient * math.nan)
+        return outputs
 
-    prepare = Learner.prepare
+    file = tmp_path / "failed_batch_0.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeformableDETR, "forward", poisoned)
+        with pytest.raises(NumericsError, match=r"gradients must be finite, .*in \['") as error:
+            train(config)
+        with pytest.raises(NumericsError, match=rf"gradients must be finite.* file={file} step=0"):
+            replay(file)
+    assert f"where: step=0 image_id={passes[1]} rank=0 | fix: --replay {file}, lower" in str(error.value)
+    assert "loss_giou" in replay(file)  # with a gradient that is finite, the same batch is computed to its end
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_does_not_hide_why_a_batch_was_to_be_saved(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "failed_batch_0.pt").symlink_to("/dev/full")
+    build = Learner.prepare
 
     def prepared(self: Learner, **options: Any) -> None:
-        prepare(self, **options)
-        self.model.get_parameter("query_embed.weight").register_hook(poison_gradient)
+        build(self, **options)
+        poison(self.model)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "prepare", prepared)
-        with pytest.raises(NumericsError, match=r"\['query_embed.weight'\] \| where: step=0 image_id=\[\d+, \d+\]"):
-            train(config)
+        with pytest.raises(NumericsError, match=r"`pred_logits` must be finite.* step=0 .*fix: make room"):
+            train(twelve_steps(shapes, tmp_path, checkpoint_every=0))
+    assert not list(tmp_path.glob("failed_batch*"))
 
 
 @pytest.mark.parametrize(

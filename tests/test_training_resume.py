@@ -14,7 +14,8 @@ import pytest
 from detr_backbone.coco.shapes import draw_shapes
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training import OptimizerConfig, Stopped, load_checkpoint, train
-from detr_backbone.training.run_folder import CHECKPOINT, RunFolder
+from detr_backbone.training.checkpoint import save_checkpoint
+from detr_backbone.training.run_folder import CHECKPOINT, METRICS, RunFolder
 from detr_backbone.training.signals import StopSignals
 from tests.tiny_run import StepHook, before_step, differences, launch, raise_at, tiny, twelve_steps
 
@@ -30,16 +31,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of twelve steps that nothing stopped."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    train(twelve_steps(shapes, folder))
+    train(twelve_steps(shapes, folder, ema_decay=0.9))  # the average changes nothing but itself
     return folder
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # on a machine of one core
 @pytest.mark.parametrize(("name", "step", "workers"), [("SIGTERM", 4, 0), ("SIGINT", 7, 2), ("SIGHUP", 5, 0)])
 def test_a_signal_loses_no_step_of_a_run_that_began_with_resume_auto(
     straight: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, step: int, workers: int
 ) -> None:
-    config = twelve_steps(shapes, tmp_path / "run", checkpoint_every=0, resume="auto")
+    config = twelve_steps(shapes, tmp_path / "run", checkpoint_every=0, resume="auto", ema_decay=0.9)
     with pytest.MonkeyPatch.context() as patch:
         before_step(patch, raise_at(step, name))
         with pytest.raises(Stopped) as end:
@@ -52,6 +54,21 @@ def test_a_signal_loses_no_step_of_a_run_that_began_with_resume_auto(
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT).step == step + 1
     train(replace(config, data=replace(config.data, num_workers=workers)))
     assert differences(straight, tmp_path / "run") == []
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detr_backbone.training.engine.Run", interrupted)
+    with pytest.raises(Stopped) as end:
+        train(twelve_steps(shapes, tmp_path / "run"))
+
+    assert end.value.code == 75
+    assert capsys.readouterr().err == f"{end.value.message}\n"
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def stop_at(rank: int, step: int) -> StepHook:
@@ -91,6 +108,8 @@ def test_twelve_steps_are_five_a_kill_and_seven(straight: Path, shapes: Path, tm
 
 
 @pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # on a machine of one core
 @pytest.mark.parametrize("seed", range(20))
 def test_a_kill_at_any_moment_changes_nothing(straight: Path, shapes: Path, tmp_path: Path, seed: int) -> None:
     generator = random.Random(seed)
@@ -121,6 +140,9 @@ def stop_one(rank: int, step: int) -> StepHook:
 
 def test_two_processes_stop_together_and_go_on_as_two_or_as_one(shapes: Path, tmp_path: Path) -> None:
     config = twelve_steps(shapes, tmp_path / "run", resume="auto", checkpoint_every=0)
+    # Noised queries differ in number between the processes, and there are images without objects.
+    options = {"two_stage": True, "query_selection": "mixed", "dn_number": 4, "label_loss": "mal"}
+    config = replace(config, detector=replace(config.detector, **options))
     config = replace(config, data=replace(config.data, batch_size=1))
     whole = replace(config, output_dir=str(tmp_path / "whole"))
 
@@ -206,6 +228,35 @@ def test_a_kill_in_an_evaluation_loses_no_row(shapes: Path, tmp_path: Path) -> N
         ["1", "3"],
         ["2", "6"],
     ]
+
+
+def test_a_table_that_a_kill_left_behind_its_checkpoint_is_written_again(shapes: Path, tmp_path: Path) -> None:
+    config = twelve_steps(shapes, tmp_path / "run", checkpoint_every=0, optimizer=OptimizerConfig(epochs=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_backbone.training.engine.write_rows", interrupt)
+        with pytest.raises(SystemError):
+            train(config)
+    train(replace(config, resume=True))
+
+    assert [line[:4] for line in (tmp_path / "run" / METRICS).read_text(encoding="utf-8").splitlines()] == [
+        "epoc",
+        "1,6,",
+    ]
+
+
+def test_minutes_make_checkpoints_too_and_seconds_go_on_counting(shapes: Path, tmp_path: Path) -> None:
+    options = {"checkpoint_every": 0, "checkpoint_minutes": 1e-9, "optimizer": OptimizerConfig(epochs=1)}
+    config = twelve_steps(shapes, tmp_path / "run", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, lambda step: interrupt() if step == 2 else None)
+        with pytest.raises(SystemError):
+            train(config)
+    file = tmp_path / "run" / CHECKPOINT
+    assert load_checkpoint(file).step == 2
+    save_checkpoint(replace(load_checkpoint(file), seconds=5000.0), file)
+    train(replace(config, resume=True))
+
+    assert 5000 < load_checkpoint(file).rows[0]["seconds"] < 5600
 
 
 def test_a_signal_that_the_program_was_started_to_ignore_stays_ignored() -> None:

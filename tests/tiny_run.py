@@ -83,6 +83,8 @@ def differences(first: Path, second: Path) -> list[str]:
     a, b = (load_checkpoint(folder / CHECKPOINT) for folder in (first, second))
     rows = [[{**row, "seconds": 0} for row in checkpoint.rows] for checkpoint in (a, b)]
     names = [name for name in a.model if not torch.equal(a.model[name], b.model[name])]
+    if a.average is not None and b.average is not None:
+        names += [f"average {name}" for name in a.average if not torch.equal(a.average[name], b.average[name])]
     for index, state in a.optimizer["state"].items():
         other = b.optimizer["state"][index]
         names += [f"{index} {key}" for key, value in state.items() if not torch.equal(value, other[key])]

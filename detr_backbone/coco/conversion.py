@@ -96,15 +96,21 @@ def convert_dataset(
 def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
     assert split is not None, "a YOLO dataset has a split by default"
     config_file = _first_existing(folder / "data.yaml", *sorted(folder.glob("*.yaml")), what="data.yaml")
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise AnnotationError(f"file is no YAML | where: file={config_file} | got {error}") from error
     if not isinstance(config, dict) or not config.get("names"):
         raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names")
     names = config["names"]
-    names = [names[key] for key in sorted(names)] if isinstance(names, dict) else list(names)
+    names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+    if not isinstance(names, list) or any(isinstance(name, list | dict) for name in names):
+        raise AnnotationError(f"class names must be a list of texts | where: file={config_file} key=names")
     if images is None:
-        stated = str(config.get(split) or config.get({"val": "valid"}.get(split, split)) or "")
-        if not stated:
-            raise DataError(f"dataset has no such split | where: file={config_file} key={split}")
+        stated = config.get(split) or config.get({"val": "valid"}.get(split, split))
+        if not isinstance(stated, str):
+            found = "none" if not stated else f"a {type(stated).__name__} expected a folder"
+            raise DataError(f"dataset has no such split | where: file={config_file} key={split} | got {found}")
         inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
         root = folder / str(config.get("path") or "")
         images = _first_existing(root / stated, folder / stated, folder / inside, what=f"images of {split}")

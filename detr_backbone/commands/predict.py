@@ -24,6 +24,7 @@ from detr_backbone.prediction import (
     prediction_records,
     read_image_list,
 )
+from detr_backbone.training.checkpoint import is_published, load_checkpoint
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,9 +62,10 @@ def main(
             DETR, Deformable DETR or transformers, or a name such as detr_r50.
         images: a picture, or a folder of pictures.
         output: the folder for predictions.json and the annotated images.
-        threshold: detections with a lower score are left out, 0 to 1; `best` takes the score with the best F1 from the
-            report of the detector.
-        report: for `best`, the report's folder; the folder `report` beside the checkpoint if left out.
+        threshold: detections with a lower score are left out, 0 to 1; `best` takes the score with the best F1 on the
+            validation split, from the report of the detector or from its checkpoint.
+        report: for `best`, the report's folder; if left out, the folder `report` beside the checkpoint, and where
+            there is none, what training wrote into the checkpoint.
         limit: pictures to take, in the order of their names; all if left out.
         recursive: take the folders in the folder too.
         annotations: a COCO file, also one without annotations; its images are taken, and all their detections, of any
@@ -249,18 +251,23 @@ def _reason(finding: Finding) -> str:
 
 
 def _best_score(report: str | None, checkpoint: str) -> float:
-    """Return the score with the best F1 of a report.
+    """Return the score with the best F1 on the validation split, of a report or as training found it.
 
     Raises:
-        ConfigError: there is no report, or it is damaged.
+        ConfigError: neither knows one, or the report is damaged.
     """
     file = (Path(checkpoint).parent / "report" if report is None else Path(report)) / "report.json"
+    if report is None and not file.exists() and not is_published(checkpoint):
+        threshold = load_checkpoint(checkpoint).threshold
+        if threshold is not None:
+            return threshold
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["operating_point"]["score"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"`--threshold best` needs the report of the detector | where: file={file} | got {type(error).__name__} | "
-            "fix: detr-backbone evaluate --report, and give its folder as --report"
+            "`--threshold best` needs the report of the detector, or a checkpoint that was evaluated in training | "
+            f"where: file={file} | got {type(error).__name__} | fix: detr-backbone evaluate --report, and give its "
+            "folder as --report"
         ) from error
 
 

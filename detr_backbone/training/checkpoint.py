@@ -201,10 +201,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, sche
     """Continue from a checkpoint: weights, optimiser and schedule.
 
     Raises:
-        CheckpointError: it belongs to another detector.
+        CheckpointError: it belongs to another detector, or its optimiser does.
     """
     _load_state(model, checkpoint.model)
-    optimizer.load_state_dict(dict(checkpoint.optimizer))
+    try:
+        optimizer.load_state_dict(dict(checkpoint.optimizer))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint holds another optimiser | where: key=optimizer | got {error}") from None
+    for parameter, state in optimizer.state.items():  # which torch compares in the first step only
+        shapes = [list(value.shape) for value in state.values() if isinstance(value, Tensor) and value.ndim]
+        if any(shape != list(parameter.shape) for shape in shapes):
+            raise CheckpointError(
+                f"checkpoint holds another optimiser | where: key=optimizer | got a moment of {shapes[0]} expected "
+                f"{list(parameter.shape)}"
+            )
     schedule.load_state_dict(dict(checkpoint.schedule))
 
 

@@ -15,7 +15,7 @@ from detr_backbone.training.overfit import overfit_config, overfit_verdict
 from detr_backbone.training.progress import Means, write_rows
 from detr_backbone.training.ranks import Ranks
 from detr_backbone.training.run import Run
-from detr_backbone.training.run_folder import CURVES, RunFolder
+from detr_backbone.training.run_folder import CURVES, METRICS, RunFolder
 from detr_backbone.training.signals import Stopped, StopSignals
 from detr_backbone.training.trackers import require_trackers, start_trackers, track
 
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> CocoResult | None:
         CheckpointError: `resume` finds no whole checkpoint or that of another run; without it, the folder holds one; or
             a checkpoint cannot be written.
         DistributedError: the processes were given different things, or one of them is gone.
-        ResourceError: memory ran out, or a process that reads images ended.
+        ResourceError: memory or the disk is full, or a process that reads images ended.
         Stopped: a signal came; the run goes on with `resume`.
     """
     if config.replay is not None:
@@ -78,6 +78,8 @@ def run_to_the_end(run: Run) -> CocoResult | None:
     folder, config, is_main = run.folder, run.config, run.accelerator.is_main_process
     if is_main:
         save_config(config, folder.path / "config.yaml", remarks=run.remarks)
+        if run.rows:  # of a run that goes on: it may have ended between its checkpoint and its table
+            write_rows(run.rows, folder.path / METRICS)
     start_trackers(run.accelerator, config)
     run.ranks.watch()
     with StopSignals(f"go on with --resume auto | where: file={folder.newest}") as signals:
@@ -90,12 +92,12 @@ def run_to_the_end(run: Run) -> CocoResult | None:
         if run.result is None and run.val_set is not None:  # resumed after the last epoch
             with signals.at_once():
                 run.evaluate(run.val_set)
-    if is_main and run.rows:
-        draw_curves(run.rows, folder.path / CURVES)
     if run.result is not None:
         run.log.say(str(run.result))
     if config.overfit:
         run.log.say(overfit_verdict(run.rows, config))
+    if is_main and run.rows:
+        draw_curves(run.rows, folder.path / CURVES)
     return run.result
 
 
@@ -152,7 +154,7 @@ def finish_epoch(run: Run, signals: StopSignals) -> None:
     run.rows.append(row)
     run.save(is_best=is_best)
     if run.accelerator.is_main_process:
-        write_rows(run.rows, run.folder.path / "metrics.csv")
+        write_rows(run.rows, run.folder.path / METRICS)
     run.log.epoch(row)
     if run.config.trackers:
         track(run.accelerator, row)

@@ -16,6 +16,7 @@ from detr_backbone.nested_tensor import NestedTensor
 from detr_backbone.training.config import config_from_dict
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import without_pretrained
+from detr_backbone.training.optimizer import clip_gradient
 from detr_backbone.training.sampler import seed_step
 from detr_backbone.weights.read import reason_of
 
@@ -44,9 +45,14 @@ class FailedBatch:
     batch: int
     rank: int
 
-    def save(self, path: Path) -> None:
-        """Write the batch, for `replay`."""
-        torch.save(vars(self), path)
+    def save(self, path: Path) -> bool:
+        """Write the batch, for `replay`, and return whether there was room for it; where not, nothing of it stays."""
+        try:
+            torch.save(vars(self), path)
+        except (OSError, RuntimeError):  # torch's writer raises RuntimeError where the file could not be written
+            path.unlink(missing_ok=True)
+            return False
+        return True
 
 
 def first_module_without_finite_output(
@@ -102,9 +108,7 @@ def replay(path: Path | str) -> str:
     try:
         losses = criterion(prepared(images, saved.targets), saved.targets)
         accelerator.backward(criterion.weighted_sum(losses))
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        if bad:
-            raise NumericsError(f"gradients must be finite, got NaN or infinity in {bad[:5]}")
+        clip_gradient(model, 0)
     except NumericsError as error:
         seed_step(*seeds)
         module = first_module_without_finite_output(prepared, images, saved.targets)

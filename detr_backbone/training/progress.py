@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from detr_backbone.errors import ResourceError
 from detr_backbone.evaluation.result import percent
 from detr_backbone.evaluation.settings import COCO_SETTINGS
 from detr_backbone.nested_tensor import NestedTensor
@@ -125,14 +126,25 @@ class RunLog:
 
 
 def write_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write `metrics.csv`, whole: at every moment the file holds the rows before or the rows now, none of them torn."""
+    """Write `metrics.csv`, whole: at every moment the file holds the rows before or the rows now, none of them torn.
+
+    Raises:
+        ResourceError: it cannot be written, as where the disk is full; nothing of it stays.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
     temporary = path.with_suffix(".partial")
-    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError(
+            f"table cannot be written | where: file={path} | got {error.strerror} | fix: make room, and go on with "
+            "--resume true: the checkpoint holds its rows"
+        ) from error
 
 
 def duration(seconds: float) -> str:

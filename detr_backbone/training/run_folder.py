@@ -13,6 +13,7 @@ from detr_backbone.training.checkpoint import Checkpoint, load_checkpoint, save_
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "checkpoint_best.pt"
+METRICS = "metrics.csv"
 CURVES = "curves.png"
 _LOCK = ".lock"
 

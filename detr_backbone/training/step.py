@@ -1,7 +1,7 @@
 """One optimiser step: forward, loss and backward of its batches, clipping, update, averaging."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,10 @@ class Learner:
             self._backward(images, targets, step, index, is_last=index == len(batches) - 1, share=1 / len(batches))
             for index, (images, targets) in enumerate(batches)
         ]
-        with self._named([batch[1] for batch in batches], step):
+        try:
             clip_gradient(self.model, self._config.optimizer.clip_max_norm)
+        except NumericsError as error:
+            raise self._explained_gradient(error, batches, step) from error
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -146,19 +148,37 @@ class Learner:
             except NumericsError as error:
                 if self.is_sharded:  # the other processes are past this forward, and gather nothing more for it
                     raise self._explained(error, step, [targets], "", "train with strategy ddp to see more") from error
-                file = self._save(images, targets, step, index)
+                fix = self._save(images, targets, step, index)
                 seed_step(*seeds)
                 module = first_module_without_finite_output(self.model, moved, targets)
-                raise self._explained(error, step, [targets], f"module={module or '-'} ", f"--replay {file}") from error
+                raise self._explained(error, step, [targets], f"module={module or '-'} ", fix) from error
             self._accelerator.backward(losses["loss"] * share)
         return losses
 
-    @contextmanager
-    def _named(self, targets: Sequence[Sequence[Target]], step: int) -> Iterator[None]:
+    def _explained_gradient(self, error: NumericsError, batches: Sequence[Batch], step: int) -> NumericsError:
+        """Return an error of a step's gradient that names the batch whose own gradient it is, which is saved.
+
+        All processes look at all their batches: the gradient is that of all, and so is the number of boxes in a loss.
+        """
+        fix = "lower optimizer.lr, or look at the images"
+        if not self.is_sharded:
+            finite = [self._has_finite_gradient(*batch, step, index) for index, batch in enumerate(batches)]
+            if False in finite:
+                index = finite.index(False)
+                fix = f"{self._save(*batches[index], step, index)}, {fix}"
+                batches = [batches[index]]
+        return self._explained(error, step, [targets for _, targets in batches], "", fix)
+
+    def _has_finite_gradient(self, images: NestedTensor, targets: Sequence[Target], step: int, index: int) -> bool:
+        self.optimizer.zero_grad(set_to_none=True)
+        seed_step(self._config.seed, step, index, self._accelerator.process_index)
+        losses = self._criterion(self.model(images.to(self._accelerator.device), targets), targets)
+        self._accelerator.backward(self._criterion.weighted_sum(losses))
         try:
-            yield
-        except NumericsError as error:
-            raise self._explained(error, step, targets, "", "lower optimizer.lr, or look at the images") from error
+            clip_gradient(self.model, 0)
+        except NumericsError:
+            return False
+        return True
 
     def _explained(
         self, error: NumericsError, step: int, targets: Sequence[Sequence[Target]], module: str, fix: str
@@ -167,7 +187,8 @@ class Learner:
         rank = self._accelerator.process_index
         return NumericsError(f"{error} | where: step={step} {module}image_id={ids} rank={rank} | fix: {fix}")
 
-    def _save(self, images: NestedTensor, targets: Sequence[Target], step: int, index: int) -> Path:
+    def _save(self, images: NestedTensor, targets: Sequence[Target], step: int, index: int) -> str:
+        """Save a batch whose numbers are not finite, and return how to look at it."""
         rank = self._accelerator.process_index
         failed = FailedBatch(
             model=self.model.state_dict(),
@@ -182,5 +203,4 @@ class Learner:
             rank=rank,
         )
         file = self._folder / f"failed_batch_{rank}.pt"
-        failed.save(file)
-        return file
+        return f"--replay {file}" if failed.save(file) else f"make room for its batch, which does not fit into {file}"
