@@ -12,9 +12,10 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
+from xml.etree import ElementTree
 
 import yaml
 from PIL import Image, ImageOps
@@ -24,6 +25,8 @@ from detr_backbone.coco.images import readable_formats
 from detr_backbone.errors import AnnotationError, ConfigError, DataError
 
 Layout: TypeAlias = Literal["yolo", "voc", "cvat"]
+_OTHER_NAMES = {"val": "valid"}
+"""Of splits, as Roboflow writes them."""
 
 
 class Converted(NamedTuple):
@@ -51,8 +54,8 @@ def convert_dataset(
             (CVAT).
         output: the JSON file to write.
         layout: of the dataset.
-        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main,
-            all images if left out.
+        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main or a
+            folder, all images if left out. The categories are those of all splits.
         images: the folder of the image files, where it is not that of the layout.
 
     Raises:
@@ -76,7 +79,7 @@ def convert_dataset(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             converted = readers[layout](hotcoco.COCO, folder, split, None if images is None else Path(images))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ElementTree.ParseError) as error:
         if isinstance(error, (AnnotationError, DataError)):
             raise
         raise AnnotationError(f"dataset cannot be read as {layout} | where: folder={folder} | got {error}") from error
@@ -102,7 +105,7 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     names = config["names"]
     names = [names[key] for key in sorted(names)] if isinstance(names, dict) else list(names)
     if images is None:
-        stated = str(config.get(split) or config.get({"val": "valid"}.get(split, split)) or "")
+        stated = str(config.get(split) or config.get(_OTHER_NAMES.get(split, split)) or "")
         if not stated:
             raise DataError(f"dataset has no such split | where: file={config_file} key={split}")
         inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
@@ -178,13 +181,16 @@ def _save_blank(path: Path, copy: Path) -> None:
 
 
 def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
-    content = coco_class.from_voc(str(folder)).dataset
+    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if split is None or listing.exists():
+        content = coco_class.from_voc(str(folder)).dataset
+    else:
+        content, folder = _split_folder_of_voc(coco_class, folder, split)
     if not content["images"]:
         raise DataError(
             f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations"
         )
-    if split is not None:
-        listing = _first_existing(folder / "ImageSets" / "Main" / f"{split}.txt", what=f"list of {split}")
+    if listing.exists():
         stems = {line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
         content["images"] = [one for one in content["images"] if Path(one["file_name"]).stem in stems]
         image_ids = {one["id"] for one in content["images"]}
@@ -192,6 +198,14 @@ def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | N
     crowds = sum(one["iscrowd"] for one in content["annotations"])
     remarks = [f"{crowds} objects marked difficult, taken as crowds"] if crowds else []
     return Converted(content, images or _first_existing(folder / "JPEGImages", folder, what="images"), remarks)
+
+
+def _split_folder_of_voc(coco_class: Any, folder: Path, split: str) -> tuple[dict[str, Any], Path]:
+    """Return a split that has a folder of its own, with the categories of all splits, and that folder."""
+    chosen = _first_existing(folder / split, folder / _OTHER_NAMES.get(split, split), what=f"list or folder of {split}")
+    contents = {path: coco_class.from_voc(str(path)).dataset for path in sorted(folder.iterdir()) if path.is_dir()}
+    names = sorted({one["name"] for content in contents.values() for one in content["categories"]})
+    return _with_categories(contents[chosen], names), chosen
 
 
 def _read_cvat(coco_class: Any, folder: Path, _split: str | None, images: Path | None) -> Converted:
@@ -204,7 +218,22 @@ def _read_cvat(coco_class: Any, folder: Path, _split: str | None, images: Path |
                 f"COCO has no {what} | where: file={file} line={line} | fix: export polygons, as CVAT for images 1.1"
             )
     content = coco_class.from_cvat(str(file)).dataset
+    # hotcoco reads the labels of tasks alone, and takes those that are used of a project or a job
+    declared = [one.findtext("name") or "" for one in ElementTree.fromstring(text).iterfind("meta//labels/label")]
+    used = [one["name"] for one in content["categories"]]
+    content = _with_categories(content, [*declared, *(name for name in used if name not in declared)])
     return Converted(content, images or _first_existing(file.parent / "images", file.parent, what="images"), [])
+
+
+def _with_categories(content: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return a dataset whose categories have these names, under ids from 1 in their order."""
+    ids = {name: number for number, name in enumerate(dict.fromkeys(names), start=1)}
+    names_of = {one["id"]: one["name"] for one in content["categories"]}
+    return {
+        **content,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": [one | {"category_id": ids[names_of[one["category_id"]]]} for one in content["annotations"]],
+    }
 
 
 def _first_existing(*paths: Path, what: str) -> Path:
