@@ -101,13 +101,16 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     config_file = _first_existing(folder / "data.yaml", *sorted(folder.glob("*.yaml")), what="data.yaml")
     config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not config.get("names"):
-        raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names")
+        raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names | fix: list them")
     names = config["names"]
     names = [names[key] for key in sorted(names)] if isinstance(names, dict) else list(names)
     if images is None:
         stated = str(config.get(split) or config.get(_OTHER_NAMES.get(split, split)) or "")
         if not stated:
-            raise DataError(f"dataset has no such split | where: file={config_file} key={split}")
+            raise DataError(
+                f"dataset has no such split | where: file={config_file} key={split} | got keys {[*map(str, config)]} | "
+                "fix: choose one that names a folder of images"
+            )
         inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
         root = folder / str(config.get("path") or "")
         images = _first_existing(root / stated, folder / stated, folder / inside, what=f"images of {split}")
@@ -119,7 +122,10 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     place = max((i for i, part in enumerate(parts) if part == "images"), default=None)
     labels = images.parent / "labels" if place is None else Path(*parts[:place], "labels", *parts[place + 1 :])
     if not labels.is_dir():
-        raise DataError(f"dataset has no labels | where: folder={labels} | got none for the images in {images}")
+        raise DataError(
+            f"dataset has no labels | where: folder={labels} | got none for the images in {images} | fix: put "
+            "the label files there, or give the folder of the images"
+        )
     visible = sorted(path for path in images.rglob("*") if path.is_file() and not path.name.startswith("."))
     files = [path for path in visible if path.suffix.lower() in ENDINGS]
     remarks = {
@@ -176,7 +182,9 @@ def _save_blank(path: Path, copy: Path) -> None:
             if image.getexif().get(0x0112, 1) in range(5, 9):
                 size = ImageOps.exif_transpose(image).size
     except OSError as error:
-        raise DataError(f"image file cannot be read | where: file={path} | got {error}") from error
+        raise DataError(
+            f"image file cannot be read | where: file={path} | got {error} | fix: replace or remove it"
+        ) from error
     Image.new("1", size).save(copy, compress_level=1)
 
 
@@ -188,7 +196,8 @@ def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | N
         content, folder = _split_folder_of_voc(coco_class, folder, split)
     if not content["images"]:
         raise DataError(
-            f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations"
+            f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations | "
+            "fix: give the folder that holds them, or choose one of its splits"
         )
     if listing.exists():
         stems = {line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
@@ -240,4 +249,7 @@ def _first_existing(*paths: Path, what: str) -> Path:
     for path in paths:
         if path.exists():
             return path
-    raise DataError(f"dataset has no {what} | where: file={paths[0]} | got none")
+    raise DataError(
+        f"dataset has no {what} | where: file={paths[0]} | got none | fix: give the folder that holds it, or choose "
+        "another layout"
+    )

@@ -29,6 +29,7 @@ FOLDER_FILES = (
 """What a folder that `save_pretrained` wrote may hold, the safest first."""
 _PLAIN = (str, int, float, bool, type(None))
 _FETCH = "fetch or copy the file again"
+_SAVE = "give a file that holds what `model.state_dict()` returned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,14 +208,16 @@ def _check_name(path: Path, sha256: str) -> None:
 def _find_tensors(path: Path, content: Any, inside: tuple[str, ...] = ()) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(content, Mapping):
         raise WeightsError(
-            f"weights must be a mapping of names to tensors | where: file={path} | got {type(content).__name__}"
+            f"weights must be a mapping of names to tensors | where: file={path} | got {type(content).__name__} | "
+            f"fix: {_SAVE}"
         )
     for wrapper in (*AVERAGED, *WRAPPERS):
         if isinstance(content.get(wrapper), Mapping):
             return _find_tensors(path, content[wrapper], (*inside, wrapper))
     if not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(
-            f"weights file holds no tensors | where: file={path} | got keys {[str(key) for key in content][:8]}"
+            f"weights file holds no tensors | where: file={path} | got keys {[str(key) for key in content][:8]} | "
+            f"fix: {_SAVE}"
         )
     return ".".join(inside), {str(key): value for key, value in content.items()}
 
