@@ -211,7 +211,8 @@ def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | N
 
 def _split_folder_of_voc(coco_class: Any, folder: Path, split: str) -> tuple[dict[str, Any], Path]:
     """Return a split that has a folder of its own, with the categories of all splits, and that folder."""
-    chosen = _first_existing(folder / split, folder / _OTHER_NAMES.get(split, split), what=f"list or folder of {split}")
+    what = f"list ImageSets/Main/{split}.txt, nor a folder, of {split}"
+    chosen = _first_existing(folder / split, folder / _OTHER_NAMES.get(split, split), what=what)
     contents = {path: coco_class.from_voc(str(path)).dataset for path in sorted(folder.iterdir()) if path.is_dir()}
     names = sorted({one["name"] for content in contents.values() for one in content["categories"]})
     return _with_categories(contents[chosen], names), chosen
