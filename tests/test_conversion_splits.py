@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 from detr_backbone.coco.conversion import convert_dataset
 from detr_backbone.training import load_checkpoint
-from tests.conftest import TINY
 from tests.processes import Ended
 
 Run = Callable[..., Ended]
@@ -70,10 +68,9 @@ def splits_of(folder: str, **annotations: str) -> list[str]:
     return words
 
 
-def test_a_coco_export_of_roboflow_becomes_an_ap_in_two_commands(command: Run, tmp_path: Path) -> None:
+def test_a_coco_export_of_roboflow_becomes_an_ap_in_two_commands(command: Run, tiny_run: Path, tmp_path: Path) -> None:
     roboflow_coco(tmp_path / "mine")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
-    trained = command(tmp_path, "train", "--config", "tiny.yaml", *splits_of("mine"))
+    trained = command(tmp_path, "train", "--config", str(tiny_run / "tiny.yaml"), *splits_of("mine"))
     test = ("--images", "mine/test", "--annotations", "mine/test/_annotations.coco.json")
     evaluated = command(tmp_path, "evaluate", "--checkpoint", "run/checkpoint.pt", *test, "--output", "judged")
 
@@ -157,13 +154,18 @@ def test_lists_of_voc_with_other_classes_get_the_same_categories(tmp_path: Path)
     assert categories_and_objects(tmp_path, "voc", "val") == ({1: "cat", 2: "zebra"}, ["cat"])
 
 
-def test_folders_that_were_converted_alone_and_differ_are_one_error(command: Run, tmp_path: Path) -> None:
+def test_folders_that_were_converted_alone_and_differ_are_one_error(
+    command: Run, tiny_run: Path, tmp_path: Path
+) -> None:
     voc_folders(tmp_path / "mine", {"train": "zebra", "valid": "cat"})
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
     for split in ("train", "valid"):
         convert_dataset(tmp_path / "mine" / split, tmp_path / f"{split}.json", "voc")
     ended = command(
-        tmp_path, "train", "--config", "tiny.yaml", *splits_of("mine", train="train.json", val="valid.json")
+        tmp_path,
+        "train",
+        "--config",
+        str(tiny_run / "tiny.yaml"),
+        *splits_of("mine", train="train.json", val="valid.json"),
     )
 
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
