@@ -56,6 +56,7 @@ def detector(train_layers: tuple[str, ...] = LAYERS) -> DetectorConfig:
 
 
 def average_precisions(folder: Path) -> list[float]:
+    """Return the AP of each epoch that was evaluated, in percent."""
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
         return [float(row["AP"]) for row in csv.DictReader(file) if row["AP"]]
 
@@ -104,7 +105,7 @@ def main() -> None:
         output = folder / name.replace(" ", "_").replace(",", "")
         started = time.process_time()
         train(replace(config, output_dir=str(output)))
-        curve = "  ".join(f"{value:.3f}" for value in average_precisions(output))
+        curve = "  ".join(f"{value:.1f}" for value in average_precisions(output))
         print(f"{name:<32} {time.process_time() - started:4.0f} s of CPU   AP by epoch  {curve}")
 
 

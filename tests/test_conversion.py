@@ -216,7 +216,7 @@ def test_a_split_is_refused_where_the_layout_has_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`split` .*got 'val'"):
         convert_dataset(tmp_path, tmp_path / "x.json", "cvat", split="val")
     voc(tmp_path)
-    with pytest.raises(DataError, match=r"list of val .*val\.txt"):
+    with pytest.raises(DataError, match=r"list .*val\.txt, nor a folder, of val"):
         convert_dataset(tmp_path, tmp_path / "x.json", "voc", split="val")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,24 @@ def test_a_stray_folder_is_predicted_with_what_was_skipped_named(command: Run, t
     assert drawn == {"a.jpg", "b.jpg", "more/a.jpg", "no_ending.jpg"}
     assert all(name in ended.out for name in skipped)
     assert ".txt 1" in ended.out
+
+
+def test_pictures_are_drawn_beside_the_next_forward(
+    command: Run, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def draw(picture: Image.Image, *_: object) -> Image.Image:
+        threads.append(threading.current_thread())
+        return picture
+
+    monkeypatch.setattr("detr_backbone.visualize.draw_detections", draw)
+    options = ("--checkpoint", "run/checkpoint.pt", "--images", "shapes/val", "--output", str(tmp_path))
+    ended = command(tiny_run, "predict", *options)
+
+    assert ended.code == 0, ended.err
+    assert len(threads) == 3
+    assert threading.main_thread() not in threads
 
 
 def test_what_no_jpeg_holds_is_drawn_as_png_and_said(command: Run, tiny_run: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(
     train(replace(config, resume=True))
 
     output = capsys.readouterr().out
-    assert f"file={tmp_path / 'run' / CHECKPOINT} | got another checksum for" in output
+    assert f"file={tmp_path / 'run' / CHECKPOINT} | got another CRC-32 than recorded in" in output
     assert "resumed after step 5 of 12" in output
     assert differences(straight, tmp_path / "run") == []
 

@@ -46,13 +46,24 @@ def test_lines_grow_with_the_picture(side: int, line: int) -> None:
     assert (row == 255).all(axis=1).sum() == line
 
 
-def test_names_grow_with_the_picture_and_stay_in_it() -> None:
+def test_names_grow_with_the_picture() -> None:
     heights = []
     for side in (1000, 4000):
-        drawn = draw(Image.new("RGB", (side, side)), [[0, 0, side // 2, side // 2]], label=7)
-        heights.append((drawn == 255).all(axis=2).sum(axis=0).max())  # the ground of the name, at the upper edge
+        drawn = draw(Image.new("RGB", (side, side)), [[side // 4, side // 2, side // 2, side]], label=7)
+        above = drawn[: side // 2 - side // 250]  # the ground of the name, and no line of the box
+        heights.append((above == 255).all(axis=2).any(axis=1).sum())
 
-    assert heights[1] > 3 * heights[0] > 30
+    assert 14 < heights[0] < 20  # letters of 14 pixels with their descent
+    assert heights[1] == pytest.approx(4 * heights[0], abs=4)  # each is rounded to whole pixels
+
+
+def test_a_name_at_the_edge_stays_in_the_picture() -> None:
+    widths = []
+    for left in (500, 990):
+        drawn = draw(Image.new("RGB", (1000, 1000)), [[left, 500, left + 10, 520]], label=7)
+        widths.append((drawn[:496] == 255).all(axis=2).any(axis=0).sum())
+
+    assert widths[0] == widths[1] > 50
 
 
 def test_a_long_strip_is_not_enlarged_beyond_reason() -> None:

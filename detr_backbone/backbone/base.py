@@ -125,7 +125,8 @@ class BackboneBase(nn.Module):
 
         Args:
             images: a NestedTensor of this package or any other, or what makes one: images [C, h, w] of any sizes, or a
-                batch [B, C, H, W].
+                batch [B, C, H, W]. For torchvision's weights, RGB in 0 .. 1 minus mean (0.485, 0.456, 0.406), divided
+                by std (0.229, 0.224, 0.225); other weights state theirs.
             sizes: valid (h, w) of each image, for a batch [B, C, H, W] that is padded.
         """
         batch = as_nested_tensor(images, sizes)

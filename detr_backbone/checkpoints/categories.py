@@ -72,7 +72,9 @@ def folder_config(file: WeightsFile, name: str = "config.json") -> dict[str, Any
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(f"config cannot be read | where: file={path} | got {error}") from error
+        raise WeightsError(
+            f"config cannot be read | where: file={path} | got {error} | fix: fetch or copy the file again"
+        ) from error
     return content if isinstance(content, dict) else {}
 
 

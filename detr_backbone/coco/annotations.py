@@ -32,6 +32,7 @@ MAX_BYTES = 8 * 2**30
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')
 _NUMBERS = r"\[[-+0-9.eE,\s]*\]"
 _POLYGONS = re.compile(rf'("segmentation":\s*\[)\s*{_NUMBERS}(?:\s*,\s*{_NUMBERS})*\s*(?=\])')
+_COCO_FILE = "give the path of a COCO file; `python -m detr_backbone.coco.shapes FOLDER` draws an example"
 _TARGETS_ONLY = ("box_outside", "box_without_area")  # dropped for training, but not from the evaluation
 _MISLEADING = ("area_mismatch", "ignore_flag", "duplicate_box", "federated")  # AP is lower or higher than it should be
 
@@ -132,7 +133,7 @@ def read_content(path: Path | str, *, packer: Packer | None = None) -> Any:
         AnnotationError: as `read_json`.
     """
     if packer is None:
-        text = _POLYGONS.sub(r"\1", _read_text(path))
+        text = _POLYGONS.sub(r"\1", _read_text(path, fix=_COCO_FILE))
         try:
             return json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):  # the error needs line and column of the whole text
@@ -143,7 +144,7 @@ def read_content(path: Path | str, *, packer: Packer | None = None) -> Any:
             record["segmentation"] = packer.pack(record["segmentation"])
         return record
 
-    return _parse(_read_text(path), path, pack)
+    return _parse(_read_text(path, fix=_COCO_FILE), path, pack)
 
 
 def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
@@ -195,7 +196,7 @@ def assemble(content: Content, policies: DataPolicies) -> CocoAnnotations:
     )
 
 
-def _read_text(path: Path | str) -> str:
+def _read_text(path: Path | str, *, fix: str = "give the path of a file that can be read") -> str:
     try:
         if (size := Path(path).stat().st_size) > MAX_BYTES:
             raise AnnotationError(
@@ -203,7 +204,9 @@ def _read_text(path: Path | str) -> str:
             )
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise AnnotationError(f"file cannot be read | where: file={path} | got {error.strerror or error}") from error
+        raise AnnotationError(
+            f"file cannot be read | where: file={path} | got {error.strerror or error} | fix: {fix}"
+        ) from error
     except UnicodeDecodeError as error:
         raise AnnotationError(f"file is not UTF-8 text | where: file={path} | got {error}") from error
 

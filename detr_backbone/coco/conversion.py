@@ -12,9 +12,10 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
+from xml.etree import ElementTree
 
 import yaml
 from PIL import Image, ImageOps
@@ -24,6 +25,8 @@ from detr_backbone.coco.images import readable_formats
 from detr_backbone.errors import AnnotationError, ConfigError, DataError
 
 Layout: TypeAlias = Literal["yolo", "voc", "cvat"]
+_OTHER_NAMES = {"val": "valid"}
+"""Of splits, as Roboflow writes them."""
 
 
 class Converted(NamedTuple):
@@ -51,8 +54,8 @@ def convert_dataset(
             (CVAT).
         output: the JSON file to write.
         layout: of the dataset.
-        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main,
-            all images if left out.
+        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main or a
+            folder, all images if left out. The categories are those of all splits.
         images: the folder of the image files, where it is not that of the layout.
 
     Raises:
@@ -76,7 +79,7 @@ def convert_dataset(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             converted = readers[layout](hotcoco.COCO, folder, split, None if images is None else Path(images))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ElementTree.ParseError) as error:
         if isinstance(error, (AnnotationError, DataError)):
             raise
         raise AnnotationError(f"dataset cannot be read as {layout} | where: folder={folder} | got {error}") from error
@@ -101,16 +104,19 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     except (yaml.YAMLError, RecursionError) as error:
         raise AnnotationError(f"file is no YAML | where: file={config_file} | got {error}") from error
     if not isinstance(config, dict) or not config.get("names"):
-        raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names")
+        raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names | fix: list them")
     names = config["names"]
     names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
     if not isinstance(names, list) or any(isinstance(name, list | dict) for name in names):
         raise AnnotationError(f"class names must be a list of texts | where: file={config_file} key=names")
     if images is None:
-        stated = config.get(split) or config.get({"val": "valid"}.get(split, split))
+        stated = config.get(split) or config.get(_OTHER_NAMES.get(split, split))
         if not isinstance(stated, str):
-            found = "none" if not stated else f"a {type(stated).__name__} expected a folder"
-            raise DataError(f"dataset has no such split | where: file={config_file} key={split} | got {found}")
+            found = f"keys {[*map(str, config)]}" if not stated else f"a {type(stated).__name__} expected a folder"
+            raise DataError(
+                f"dataset has no such split | where: file={config_file} key={split} | got {found} | fix: choose one that "
+                "names a folder of images"
+            )
         inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
         root = folder / str(config.get("path") or "")
         images = _first_existing(root / stated, folder / stated, folder / inside, what=f"images of {split}")
@@ -122,7 +128,10 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     place = max((i for i, part in enumerate(parts) if part == "images"), default=None)
     labels = images.parent / "labels" if place is None else Path(*parts[:place], "labels", *parts[place + 1 :])
     if not labels.is_dir():
-        raise DataError(f"dataset has no labels | where: folder={labels} | got none for the images in {images}")
+        raise DataError(
+            f"dataset has no labels | where: folder={labels} | got none for the images in {images} | fix: put "
+            "the label files there, or give the folder of the images"
+        )
     visible = sorted(path for path in images.rglob("*") if path.is_file() and not path.name.startswith("."))
     files = [path for path in visible if path.suffix.lower() in ENDINGS]
     remarks = {
@@ -179,18 +188,24 @@ def _save_blank(path: Path, copy: Path) -> None:
             if image.getexif().get(0x0112, 1) in range(5, 9):
                 size = ImageOps.exif_transpose(image).size
     except OSError as error:
-        raise DataError(f"image file cannot be read | where: file={path} | got {error}") from error
+        raise DataError(
+            f"image file cannot be read | where: file={path} | got {error} | fix: replace or remove it"
+        ) from error
     Image.new("1", size).save(copy, compress_level=1)
 
 
 def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
-    content = coco_class.from_voc(str(folder)).dataset
+    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if split is None or listing.exists():
+        content = coco_class.from_voc(str(folder)).dataset
+    else:
+        content, folder = _split_folder_of_voc(coco_class, folder, split)
     if not content["images"]:
         raise DataError(
-            f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations"
+            f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations | "
+            "fix: give the folder that holds them, or choose one of its splits"
         )
-    if split is not None:
-        listing = _first_existing(folder / "ImageSets" / "Main" / f"{split}.txt", what=f"list of {split}")
+    if listing.exists():
         stems = {line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
         content["images"] = [one for one in content["images"] if Path(one["file_name"]).stem in stems]
         image_ids = {one["id"] for one in content["images"]}
@@ -198,6 +213,15 @@ def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | N
     crowds = sum(one["iscrowd"] for one in content["annotations"])
     remarks = [f"{crowds} objects marked difficult, taken as crowds"] if crowds else []
     return Converted(content, images or _first_existing(folder / "JPEGImages", folder, what="images"), remarks)
+
+
+def _split_folder_of_voc(coco_class: Any, folder: Path, split: str) -> tuple[dict[str, Any], Path]:
+    """Return a split that has a folder of its own, with the categories of all splits, and that folder."""
+    what = f"list ImageSets/Main/{split}.txt, nor a folder, of {split}"
+    chosen = _first_existing(folder / split, folder / _OTHER_NAMES.get(split, split), what=what)
+    contents = {path: coco_class.from_voc(str(path)).dataset for path in sorted(folder.iterdir()) if path.is_dir()}
+    names = sorted({one["name"] for content in contents.values() for one in content["categories"]})
+    return _with_categories(contents[chosen], names), chosen
 
 
 def _read_cvat(coco_class: Any, folder: Path, _split: str | None, images: Path | None) -> Converted:
@@ -210,11 +234,29 @@ def _read_cvat(coco_class: Any, folder: Path, _split: str | None, images: Path |
                 f"COCO has no {what} | where: file={file} line={line} | fix: export polygons, as CVAT for images 1.1"
             )
     content = coco_class.from_cvat(str(file)).dataset
+    # hotcoco reads the labels of tasks alone, and takes those that are used of a project or a job
+    declared = [one.findtext("name") or "" for one in ElementTree.fromstring(text).iterfind("meta//labels/label")]
+    used = [one["name"] for one in content["categories"]]
+    content = _with_categories(content, [*declared, *(name for name in used if name not in declared)])
     return Converted(content, images or _first_existing(file.parent / "images", file.parent, what="images"), [])
+
+
+def _with_categories(content: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return a dataset whose categories have these names, under ids from 1 in their order."""
+    ids = {name: number for number, name in enumerate(dict.fromkeys(names), start=1)}
+    names_of = {one["id"]: one["name"] for one in content["categories"]}
+    return {
+        **content,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": [one | {"category_id": ids[names_of[one["category_id"]]]} for one in content["annotations"]],
+    }
 
 
 def _first_existing(*paths: Path, what: str) -> Path:
     for path in paths:
         if path.exists():
             return path
-    raise DataError(f"dataset has no {what} | where: file={paths[0]} | got none")
+    raise DataError(
+        f"dataset has no {what} | where: file={paths[0]} | got none | fix: give the folder that holds it, or choose "
+        "another layout"
+    )

@@ -133,7 +133,11 @@ KINDS: Mapping[str, Kind] = {
         what="image files are not in the annotation file", fix="list them, if they belong to it", severity="warning"
     ),
     # what training and evaluation make of it
-    "category_mismatch": Kind(what="train and val have other categories", error=ConfigError),
+    "category_mismatch": Kind(
+        what="train and val have other categories",
+        fix="give both files the same categories under the same ids, also those without boxes",
+        error=ConfigError,
+    ),
     "category_gaps": Kind(what="category ids have gaps, labels have none", severity="note"),
     "category_unused": Kind(what="category has no boxes to train on", severity="warning"),
     "duplicate_category_name": Kind(what="categories share a name", fix="merge or rename them", severity="warning"),

@@ -90,8 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw as a command line asks, by default that of this process."""
     parser = ArgumentParser(prog="python -m detr_backbone.coco.shapes", allow_abbrev=False)
     parser.add_function_arguments(draw_shapes, as_positional=True)
+    given = parser.parse_args(arguments).as_dict()
     try:
-        draw_shapes(**parser.parse_args(arguments).as_dict())
+        draw_shapes(**given)
+        print(f"{given['train']} images to train on, {given['val']} to evaluate: {given['folder']}")
     except (AnnotationError, ConfigError, DataError) as error:
         parser.error(str(error))
 

@@ -22,8 +22,8 @@ def main(
         layout: of the dataset.
         folder: with data.yaml (yolo), Annotations or XML files (voc), or annotations.xml (cvat).
         output: the JSON file to write.
-        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main,
-            all images if left out.
+        split: of a YOLO dataset, a key of data.yaml, train if left out; of a VOC dataset, a list in ImageSets/Main
+            or a folder, all images if left out. The categories are those of all splits.
         images: the folder of the image files, if it is not that of the layout.
         policies: how faults are handled that need not be refused.
     """

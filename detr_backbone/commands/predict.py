@@ -116,7 +116,8 @@ def main(
     if not run.count:
         name, reason = next(iter(sorted(run.skipped.items())))
         raise DataError(
-            f"no picture could be read | where: file={files.folder / name} | got {reason}, {len(run.skipped)} skipped"
+            f"no picture could be read | where: file={files.folder / name} | got {reason}, {len(run.skipped)} skipped "
+            "| fix: give pictures that can be read"
         )
     print(run.summary())
     if pictures != "none":
@@ -154,7 +155,10 @@ class _Run:
         }
         if strict and self.skipped:
             name, reason = next(iter(self.skipped.items()))
-            raise DataError(f"a file is no picture | where: file={files.folder / name} | got {reason}")
+            raise DataError(
+                f"a file is no picture | where: file={files.folder / name} | got {reason} | fix: remove it, or leave "
+                "out --strict"
+            )
 
     def read(self, name: str) -> Image.Image | None:
         """Return a picture, or None where the file is skipped."""

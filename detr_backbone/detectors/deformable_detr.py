@@ -117,7 +117,8 @@ class DeformableDETR(nn.Module):
         """Return predictions for every query.
 
         Args:
-            images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
+            images: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding: RGB in 0 .. 1 minus
+                mean, divided by std, as the backbone's weights expect it.
             targets: as `SetCriterion` takes them; read in training with `denoising` only.
 
         Returns:

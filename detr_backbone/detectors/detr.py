@@ -59,7 +59,8 @@ class DETR(nn.Module):
         """Return predictions for every query.
 
         Args:
-            images: normalised RGB: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding.
+            images: a NestedTensor, a list of [3, h, w], or a batch [B, 3, H, W] without padding: RGB in 0 .. 1 minus
+                mean, divided by std, as the backbone's weights expect it.
             targets: not read; every detector takes them, so that one training loop serves all.
 
         Returns:

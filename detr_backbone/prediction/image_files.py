@@ -60,7 +60,9 @@ def find_images(path: Path | str, *, recursive: bool = False) -> ImageFiles:
     if path.is_file():
         return ImageFiles(folder=path.parent, names=(path.name,))
     if not path.is_dir():
-        raise DataError(f"there are no pictures | where: file={path} | got no such file or folder")
+        raise DataError(
+            f"there are no pictures | where: file={path} | got no such file or folder | fix: give a picture or a folder"
+        )
     names, folders = _files(path, recursive=recursive)
     pictures, skipped, others = [], {}, Counter[str]()
     endings = Image.registered_extensions().keys() | _NAMED_AS_PICTURES

@@ -91,8 +91,9 @@ def _tally(boxes: Sequence[Mark]) -> str:
 
 
 def _drawn(boxes: Sequence[Mark], scale: float, width: int, height: int) -> str:
-    """Return boxes first, labels above all of them."""
+    """Return boxes first, labels above all of them; of many boxes, those of mistakes, where they cover no other."""
     shapes, labels = [], []
+    crowded = len(boxes) >= _CROWDED
     taken: list[tuple[float, float, float]] = []
     for mark in boxes:
         left, top = (max(1.0, side * scale) for side in mark.box[:2])
@@ -102,10 +103,14 @@ def _drawn(boxes: Sequence[Mark], scale: float, width: int, height: int) -> str:
         corner = f'x="{left:.1f}" y="{top:.1f}" {sides}'
         tip = f"<title>{escape(mark.label)}</title>"
         shapes.append(f'<g class="{mark.kind}">{tip}<rect class="halo" {corner}/><rect class="box" {corner}/></g>')
-        if len(boxes) < _CROWDED or mark.kind != "true":
-            wide = 0.58 * _FONT * len(mark.label) + 6
-            x = max(0.0, min(left - 1, width - wide))
-            y = _free_height(x, wide, (top - _LINE, top, bottom - _LINE, bottom), taken, height - _LINE)
+        if crowded and mark.kind == "true":
+            continue
+        wide = 0.58 * _FONT * len(mark.label) + 6
+        x = max(0.0, min(left - 1, width - wide))
+        heights = [y for y in (top - _LINE, top, bottom - _LINE, bottom) if 0 <= y <= height - _LINE] or [0.0]
+        free = [y for y in heights if _is_free(x, y, wide, taken)]
+        if free or not crowded:
+            y = (free or heights)[0]
             taken.append((x, y, wide))
             labels.append(
                 f'<g class="{mark.kind} label"><rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{_LINE:.1f}"/>'
@@ -114,12 +119,6 @@ def _drawn(boxes: Sequence[Mark], scale: float, width: int, height: int) -> str:
     return "".join(shapes + labels)
 
 
-def _free_height(
-    x: float, wide: float, heights: Sequence[float], taken: Sequence[tuple[float, float, float]], lowest: float
-) -> float:
-    """Return the first of some heights in the image at which a label covers no other, or else the first in it."""
-    within = [y for y in heights if 0 <= y <= lowest] or [0.0]
-    for y in within:
-        if not any(abs(y - other_y) < _LINE and x < at + w and at < x + wide for at, other_y, w in taken):
-            return y
-    return within[0]
+def _is_free(x: float, y: float, wide: float, taken: Sequence[tuple[float, float, float]]) -> bool:
+    """Return whether a label covers no other."""
+    return not any(abs(y - other_y) < _LINE and x < at + w and at < x + wide for at, other_y, w in taken)

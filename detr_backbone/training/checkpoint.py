@@ -17,7 +17,7 @@ from detr_backbone.coco.categories import different_categories
 from detr_backbone.errors import CheckpointError
 from detr_backbone.training.config import TrainConfig, config_to_dict, flat
 from detr_backbone.weights.hub import PREFIX
-from detr_backbone.weights.read import reason_of
+from detr_backbone.weights.read import fault_of_file, reason_of
 
 MAY_CHANGE = (
     *("resume", "output_dir", "eval_every", "optimizer.epochs", "early_stopping", "data.num_workers", "data.timeout"),
@@ -118,18 +118,38 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     Raises:
         CheckpointError: the file does not exist, is damaged, or is no such checkpoint.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds, few of which name the file
-        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got {reason_of(error)}") from None
-    if damaged:
-        raise CheckpointError(f"checkpoint cannot be read | where: file={path} | got another checksum for {damaged}")
+    content = load_saved(path, "checkpoint", fix="copy the file again, or take an older checkpoint of its run")
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if missing:
-        raise CheckpointError(f"checkpoint lacks {', '.join(missing)} | where: file={path} | fix: was it saved here?")
+        raise CheckpointError(
+            f"checkpoint lacks {', '.join(missing)} | where: file={path} | fix: give a checkpoint that training wrote"
+        )
     return Checkpoint(**{key: content[key] for key in KEYS})
+
+
+def load_saved(path: Path | str, what: str, *, fix: str) -> Any:
+    """Return the plain content of a file that training wrote, on the CPU.
+
+    Args:
+        path: the file.
+        what: the file is, for the error.
+        fix: of a file that is damaged.
+
+    Raises:
+        CheckpointError: the file does not exist, or is damaged.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(
+            f"{what} cannot be read | where: file={path} | got no such file | fix: give the path of an existing file"
+        )
+    try:
+        fault = fault_of_file(Path(path))
+        content = None if fault else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds, few of which name the file
+        fault = reason_of(error)
+    if fault:
+        raise CheckpointError(f"{what} cannot be read | where: file={path} | got {fault} | fix: {fix}") from None
+    return content
 
 
 def is_published(path: Path | str) -> bool:

@@ -14,6 +14,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         path: the file.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
     shown = [(title, names) for title, names in PANELS if any(name in row for row in rows for name in names)]
@@ -25,9 +26,12 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
             axes.plot(*points, label=name, marker="o" if len(drawn) < 50 else None, markersize=3)
         axes.set_xlabel("epoch")
         axes.set_title(title)
-        axes.set_ylim(0, 102 if title.startswith("AP") else None)
+        if title.startswith("AP"):
+            axes.set_ylim(0, 102)
+        elif any(row[name] > 0 for name in names for row in rows if name in row):
+            axes.set_yscale("log")  # the sum of all layers is many times its parts
         axes.set_xlim(0.5, rows[-1]["epoch"] + 0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path)

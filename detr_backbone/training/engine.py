@@ -12,7 +12,7 @@ from detr_backbone.training.dry_run import describe_run
 from detr_backbone.training.finite import replay
 from detr_backbone.training.normalisation import check_normalisation
 from detr_backbone.training.overfit import overfit_config, overfit_verdict
-from detr_backbone.training.progress import Means, write_rows
+from detr_backbone.training.progress import Means, in_percent, write_rows
 from detr_backbone.training.ranks import Ranks
 from detr_backbone.training.run import Run
 from detr_backbone.training.run_folder import CURVES, METRICS, RunFolder
@@ -157,4 +157,4 @@ def finish_epoch(run: Run, signals: StopSignals) -> None:
         write_rows(run.rows, run.folder.path / METRICS)
     run.log.epoch(row)
     if run.config.trackers:
-        track(run.accelerator, row)
+        track(run.accelerator, in_percent(row))

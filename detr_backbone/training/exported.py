@@ -239,7 +239,7 @@ def quantize_detector(
             raise ExportError(
                 f"int8 loses too much, and is not kept | where: file={path} key=AP | got {100 * cost.ap.b:.2f} "
                 f"expected at least {100 * cost.ap.a:.2f} - {100 * max_loss:g} | fix: calibrate on more images, or "
-                "allow the loss"
+                "set `allow_loss`"
             )
         return cost.to_dict()
 

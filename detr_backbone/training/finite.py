@@ -13,12 +13,12 @@ from detr_backbone.detectors import build_criterion, build_detector
 from detr_backbone.errors import CheckpointError, NumericsError
 from detr_backbone.forward_pass import hooked
 from detr_backbone.nested_tensor import NestedTensor
+from detr_backbone.training.checkpoint import load_saved
 from detr_backbone.training.config import config_from_dict
 from detr_backbone.training.devices import build_accelerator
 from detr_backbone.training.inference import without_pretrained
 from detr_backbone.training.optimizer import clip_gradient
 from detr_backbone.training.sampler import seed_step
-from detr_backbone.weights.read import reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,13 @@ def replay(path: Path | str) -> str:
         NumericsError: the numbers are not finite again; names the loss term or the parameters, and the module.
     """
     try:
-        saved = FailedBatch(**torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise CheckpointError(f"saved batch cannot be read | where: file={path} | got {reason_of(error)}") from None
+        saved = FailedBatch(
+            **load_saved(path, "saved batch", fix="copy the file again, or let training write it again")
+        )
+    except TypeError as error:  # other keys
+        raise CheckpointError(
+            f"saved batch cannot be read | where: file={path} | got {error} | fix: give a file that training wrote"
+        ) from None
     config = config_from_dict(saved.config)
     accelerator = build_accelerator(config.mixed_precision)
     model = build_detector(without_pretrained(config.detector))

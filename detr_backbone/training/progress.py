@@ -126,7 +126,7 @@ class RunLog:
 
 
 def write_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write `metrics.csv`, whole: at every moment the file holds the rows before or the rows now, none of them torn.
+    """Write `metrics.csv`, COCO's numbers in percent: at every moment it holds all rows before or all rows now.
 
     Raises:
         ResourceError: it cannot be written, as where the disk is full; nothing of it stays.
@@ -134,7 +134,7 @@ def write_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
-    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    writer.writerows({name: f"{value:.6g}" for name, value in in_percent(row).items()} for row in rows)
     temporary = path.with_suffix(".partial")
     try:
         temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
@@ -145,6 +145,18 @@ def write_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
             f"table cannot be written | where: file={path} | got {error.strerror} | fix: make room, and go on with "
             "--resume true: the checkpoint holds its rows"
         ) from error
+
+
+def in_percent(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the row of an epoch with COCO's numbers in percent, without those that do not exist.
+
+    >>> in_percent({"epoch": 1, "AP": 0.5, "AP_large": -1})
+    {'epoch': 1, 'AP': 50.0}
+    """
+    names = COCO_SETTINGS.stat_names
+    return {
+        name: 100 * value if name in names else value for name, value in row.items() if name not in names or value >= 0
+    }
 
 
 def duration(seconds: float) -> str:

@@ -101,7 +101,10 @@ class RunFolder:
             except CheckpointError as error:
                 damaged.append(str(error))
         raise CheckpointError(
-            damaged[0] if damaged else f"checkpoint cannot be read | where: file={self.newest} | got no such file"
+            damaged[0]
+            if damaged
+            else f"checkpoint cannot be read | where: file={self.newest} | got no such file | fix: give the output_dir "
+            "of a run, or leave out `resume`"
         )
 
     def save(self, checkpoint: Checkpoint) -> None:

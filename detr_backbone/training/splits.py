@@ -44,7 +44,7 @@ def resolve_classes(config: TrainConfig, train_set: CocoDetection, val_set: Coco
         got, expected = different_categories(val_set.categories, train_set.categories)
         raise ConfigError(
             f"`data.val` must have the categories of `data.train` | where: file={val_set.annotations.source} "
-            f"key=categories | got {got} expected {expected}"
+            f"key=categories | got {got} expected {expected} | fix: {KINDS['category_mismatch'].fix}"
         )
     asked = config.detector.num_classes
     if asked not in (None, train_set.num_classes):

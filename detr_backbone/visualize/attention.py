@@ -101,7 +101,8 @@ def draw_sampling_points(
                 panel.set(xlim=(0, picture.width), ylim=(picture.height, 0))
                 continue
             x, y = references[index, :2].double().cpu().numpy() * scale
-            panel.add_line(Line2D([x], [y], marker="x", markersize=7, markeredgewidth=2, color="#009E73"))
+            for width, color in ((4, "white"), (2, "#009E73")):
+                panel.add_line(Line2D([x], [y], marker="x", markersize=7, markeredgewidth=width, color=color))
             at, size = points[:, level].reshape(-1, 2), weight[:, level].ravel()
             order = size.argsort()
             panel.scatter(

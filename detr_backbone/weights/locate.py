@@ -49,7 +49,9 @@ def locate_weights(weights: str, *, name: str | None = None) -> Located:
     if "://" in weights:
         return Located(path=download(weights, cache_folder()))
     if Path(weights).suffix or "/" in weights:
-        raise WeightsError(f"weights file does not exist | where: file={weights}")
+        raise WeightsError(
+            f"weights file does not exist | where: file={weights} | fix: give the path of an existing file, or a name"
+        )
     if name is None:
         expected = unknown_name(weights, ZOO)
         raise WeightsError(f"weights must be a file, {PREFIX}OWNER/NAME@REVISION or a name: {expected}")

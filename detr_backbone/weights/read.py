@@ -28,6 +28,8 @@ FOLDER_FILES = (
 )
 """What a folder that `save_pretrained` wrote may hold, the safest first."""
 _PLAIN = (str, int, float, bool, type(None))
+_FETCH = "fetch or copy the file again"
+_SAVE = "give a file that holds what `model.state_dict()` returned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,9 @@ def read_index(index: Path) -> tuple[Mapping[str, str], list[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return weight_map, sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"weights index cannot be read | where: file={index} | got {_line(error)}") from error
+        raise WeightsError(
+            f"weights index cannot be read | where: file={index} | got {_line(error)} | fix: {_FETCH}"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:
@@ -97,12 +101,13 @@ def _file_in(path: Path) -> Path:
             raise WeightsError(f"folder holds no weights | where: file={path} | expected one of {list(FOLDER_FILES)}")
         return files[0]
     if not path.is_file():
-        raise WeightsError(f"weights file does not exist | where: file={path}")
+        raise WeightsError(f"weights file does not exist | where: file={path} | fix: give the path of an existing file")
     return path
 
 
 def _read_file(path: Path) -> Any:
-    _check_bytes(path)
+    if fault := fault_of_file(path):
+        raise WeightsError(f"weights cannot be read | where: file={path} | got {fault} | fix: {_FETCH}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -119,7 +124,7 @@ def _read_file(path: Path) -> Any:
                 "`model.state_dict()` alone"
             ) from None  # torch's own message advises to run that code
         raise WeightsError(
-            f"weights cannot be read: damaged file | where: file={path} | got {reason_of(error)}"
+            f"weights cannot be read: damaged file | where: file={path} | got {reason_of(error)} | fix: {_FETCH}"
         ) from None
 
 
@@ -130,36 +135,35 @@ def reason_of(error: Exception) -> str:
     return "bytes that torch.save does not write" if "weights_only" in str(error) else _line(error)
 
 
-def _check_bytes(path: Path) -> None:
-    """Raise a WeightsError that says what the file is instead, as far as its bytes show it."""
+def fault_of_file(path: Path) -> str:
+    """Return what a file is instead of one with tensors, as far as its bytes show it; empty where they show no fault.
+
+    The checksum of every part of an archive is compared: torch would load a flipped bit as another weight.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
-    fault = ""
     if not head:
-        fault = "an empty file"
-    elif not head.strip(b"\0"):
-        fault = "zeros, as of a file that was never written to its end"
-    elif head.lstrip().startswith(b"<"):
-        fault = "a web page; a download that needs a login or a confirmation gives one"
-    elif head.startswith(b"version https://git-lfs"):
-        fault = "a Git LFS pointer; `git lfs pull` fetches the file itself"
-    elif path.suffix == ".safetensors":
+        return "an empty file"
+    if not head.strip(b"\0"):
+        return "zeros, as of a file that was never written to its end"
+    if head.lstrip().startswith(b"<"):
+        return "a web page; a download that needs a login or a confirmation gives one"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; `git lfs pull` fetches the file itself"
+    if path.suffix == ".safetensors":
         length = int.from_bytes(head[:8], "little")
-        fault = f"{size} bytes, a header of {length}: a damaged or cut file" if length + 8 > size else ""
-    elif head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        fault = f"{size} bytes without the end of the archive: a cut file"
-    elif head.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            fault = f"another CRC-32 than recorded in {damaged}: damaged bytes" if damaged else ""
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-            fault = f"a damaged archive: {_line(error)}"
-    if fault:
-        raise WeightsError(
-            f"weights cannot be read | where: file={path} | got {fault} | fix: fetch or copy the file again"
-        )
+        return f"{size} bytes, a header of {length}: a damaged or cut file" if length + 8 > size else ""
+    if not head.startswith(b"PK"):
+        return ""
+    if not zipfile.is_zipfile(path):
+        return f"{size} bytes without the end of the archive: a cut file"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        return f"another CRC-32 than recorded in {damaged}: damaged bytes" if damaged else ""
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return f"a damaged archive: {_line(error)}"
 
 
 def _harmless_globals() -> list[Any]:
@@ -204,14 +208,16 @@ def _check_name(path: Path, sha256: str) -> None:
 def _find_tensors(path: Path, content: Any, inside: tuple[str, ...] = ()) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(content, Mapping):
         raise WeightsError(
-            f"weights must be a mapping of names to tensors | where: file={path} | got {type(content).__name__}"
+            f"weights must be a mapping of names to tensors | where: file={path} | got {type(content).__name__} | "
+            f"fix: {_SAVE}"
         )
     for wrapper in (*AVERAGED, *WRAPPERS):
         if isinstance(content.get(wrapper), Mapping):
             return _find_tensors(path, content[wrapper], (*inside, wrapper))
     if not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(
-            f"weights file holds no tensors | where: file={path} | got keys {[str(key) for key in content][:8]}"
+            f"weights file holds no tensors | where: file={path} | got keys {[str(key) for key in content][:8]} | "
+            f"fix: {_SAVE}"
         )
     return ".".join(inside), {str(key): value for key, value in content.items()}
 
