@@ -1,5 +1,6 @@
 """What every test starts from, and the scripts as a user runs them: in a process of their own, or without its start."""
 
+import gc
 import os
 import runpy
 import signal
@@ -14,6 +15,7 @@ import yaml
 
 from detr_backbone.commands.program import main
 from tests.processes import ROOT, Command, Ended
+from tests.remembered_draws import RememberedDraws
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +24,21 @@ def _hear_signals() -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_garbage_of_the_tests_alone() -> Iterator[None]:
+    """What is imported by now lives until the end: going through its half a million objects again and again takes long."""
+    gc.collect()
+    gc.freeze()
+    yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _remember_draws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        RememberedDraws().remember(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
