@@ -15,7 +15,7 @@ import yaml
 
 from detr_backbone.commands.program import main
 from tests.processes import ROOT, Command, Ended
-from tests.remembered_draws import RememberedDraws
+from tests.quick_draws import draw_quickly
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,17 +27,16 @@ def _hear_signals() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _collect_garbage_of_the_tests_alone() -> Iterator[None]:
-    """What is imported by now lives until the end: going through its half a million objects again and again takes long."""
+def _keep_what_is_imported() -> None:
+    """Half a million objects of libraries live until the end: looking for garbage among them takes long each time."""
     gc.collect()
     gc.freeze()
-    yield
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _remember_draws() -> Iterator[None]:
+def _draw_quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        RememberedDraws().remember(patch)
+        draw_quickly(patch)
         yield
 
 
