@@ -94,7 +94,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 TINY = {
     "detector": {
         "name": "deformable_detr",
-        "backbone": {"name": "resnet18", "return_layers": ["layer4"], "hidden_dim": 32},
+        "backbone": {"name": "resnet18", "return_layers": ["layer2"], "hidden_dim": 32},
         "num_queries": 5,
         "nheads": 4,
         "enc_layers": 1,
