@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 INITIALISERS = ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "xavier_normal_", "xavier_uniform_")
 _LENGTH = 262_139  # of the sample: a prime number, so that the rows of a weight begin at other places of it
-_SAMPLES = {
-    "uniform": torch.rand(_LENGTH, generator=torch.Generator().manual_seed(1)),
-    "normal": torch.randn(_LENGTH, generator=torch.Generator().manual_seed(2)),
+_TWICE = {  # each sample, so that all of it can be read from any place on
+    "uniform": torch.rand(_LENGTH, generator=torch.Generator().manual_seed(1)).repeat(2),
+    "normal": torch.randn(_LENGTH, generator=torch.Generator().manual_seed(2)).repeat(2),
 }
 
 
@@ -28,8 +28,8 @@ class _Weight(Tensor):
         return self._fill("normal", std, mean)
 
     def _fill(self, kind: str, scale: float, shift: float) -> Tensor:
-        start = int(torch.randint(_LENGTH, ()))
-        sample = torch.cat([_SAMPLES[kind][start:], _SAMPLES[kind][:start]]).mul_(scale).add_(shift)
+        start, length = int(torch.randint(_LENGTH, ())), min(self.numel(), _LENGTH)
+        sample = (_TWICE[kind][start : start + length] * scale).add_(shift)
         for part in self.as_subclass(Tensor).view(-1).split(_LENGTH):
             part.copy_(sample[: len(part)])
         return self
