@@ -1,5 +1,6 @@
 """What every test starts from, and the scripts as a user runs them: in a process of their own, or without its start."""
 
+import gc
 import os
 import runpy
 import signal
@@ -14,6 +15,7 @@ import yaml
 
 from detr_backbone.commands.program import main
 from tests.processes import ROOT, Command, Ended
+from tests.quick_draws import draw_quickly
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +24,20 @@ def _hear_signals() -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _keep_what_is_imported() -> None:
+    """Half a million objects of libraries live until the end: looking for garbage among them takes long each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _draw_quickly() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        draw_quickly(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +94,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 TINY = {
     "detector": {
         "name": "deformable_detr",
-        "backbone": {"name": "resnet18", "return_layers": ["layer4"], "hidden_dim": 32},
+        "backbone": {"name": "resnet18", "return_layers": ["layer2"], "hidden_dim": 32},
         "num_queries": 5,
         "nheads": 4,
         "enc_layers": 1,

@@ -172,7 +172,9 @@ def test_two_processes_that_are_given_a_backbone_and_shard_or_share_it_equal_one
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     backbone = Backbone("resnet18", return_interm_layers=True)
-    torch.multiprocessing.spawn(_rank, (port, tmp_path, backbone), nprocs=2)
+    # One process imports for both.
+    torch.multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torchvision", "tests.test_copies"])
+    torch.multiprocessing.start_processes(_rank, (port, tmp_path, backbone), nprocs=2, start_method="forkserver")
     levels = backbone(IMAGES)
     sum(level.tensors.square().mean() for level in levels.values()).backward()
     gradients = {key: p.grad for key, p in backbone.named_parameters() if p.grad is not None}

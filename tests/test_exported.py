@@ -1,6 +1,7 @@
 """From a training checkpoint to an exported detector, and back to datasets."""
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from detr_backbone.detectors import DETR, build_detector, build_postprocess
 from detr_backbone.errors import EvaluationError, ExportError
 from detr_backbone.evaluation.intervals import Difference, Interval
 from detr_backbone.export import export
+from detr_backbone.export.metadata import KEY
 from detr_backbone.training import (
     Checkpoint,
     SplitConfig,
@@ -25,7 +27,7 @@ from detr_backbone.training import (
     save_checkpoint,
 )
 from detr_backbone.training.exported import Cost, export_checkpoint, open_exported_detector, quantize_detector
-from tests.export_models import build_joiner, build_tiny_detr
+from tests.export_models import build_joiner
 
 CONFIG: dict[str, Any] = {
     "detector": {
@@ -135,8 +137,14 @@ def test_a_backbone_is_no_detector(root: Path) -> None:
         open_exported_detector(path)
 
 
-def test_a_detector_that_does_not_say_what_it_detects_is_refused(root: Path) -> None:
-    path = export(build_tiny_detr(), root / "anonymous.pt2").path
+def test_a_detector_that_does_not_say_what_it_detects_is_refused(exported: Path, root: Path) -> None:
+    path = root / "anonymous.pt2"
+    with zipfile.ZipFile(exported) as whole, zipfile.ZipFile(path, "w") as anonymous:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            if entry.filename.endswith(f"{KEY}.json"):
+                content = json.dumps(json.loads(content) | {"config": None}).encode()
+            anonymous.writestr(entry, content)
     with pytest.raises(ExportError, match=r"file=.*anonymous\.pt2 key=config"):
         open_exported_detector(path)
 

@@ -158,7 +158,7 @@ def test_a_calibrated_random_network_keeps_its_features_in_scale() -> None:
     calibrate_frozen_batch_norm(backbone, [images])
     after = [level.tensors.std().item() for level in backbone(images).values()]
 
-    assert before > 10  # statistics (0, 1): every block adds to the scale
+    assert before > 5  # statistics (0, 1): every block adds to the scale
     assert max(after) < 3
 
 

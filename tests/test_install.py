@@ -64,7 +64,8 @@ SPLITS = " ".join(
     for split in ("train", "val")
 )
 SMALL = (
-    "--optimizer.epochs 1 --data.batch_size 2 --data.num_workers 0 --data.transforms.scales 64 --calibration_images 2"
+    "--optimizer.epochs 1 --data.batch_size 2 --data.num_workers 0 --data.transforms.scales 64 --calibration_images 2 "
+    "--detector.dec_layers 1 --detector.backbone.return_layers [layer3]"  # each layer takes the export a second
 )
 COMMAND_LINES = f"""
 train --config shapes --output_dir run {SPLITS} {SMALL}

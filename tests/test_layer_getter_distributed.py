@@ -51,7 +51,8 @@ def one_of_two(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(one_of_two, (str(folder),), nprocs=2)
+    mp.set_forkserver_preload(["torchvision", "tests.test_layer_getter_distributed"])  # one process imports for both
+    mp.start_processes(one_of_two, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -17,7 +17,7 @@ SCRIPTS = ROOT / "scripts"
 TINY = """
 detector:
   name: deformable_detr
-  backbone: {name: resnet18, return_layers: [layer4], hidden_dim: 32}
+  backbone: {name: resnet18, return_layers: [layer2], hidden_dim: 32}
   num_queries: 5
   nheads: 4
   enc_layers: 1
@@ -158,11 +158,11 @@ def test_a_look_inside_is_a_table_and_drawings(script: Command, trained: Path, f
 
     assert result.returncode == 0, result.stderr
     assert "trained deformable_detr on 000001" in result.stdout
-    assert "backbone.0.body.layer4" in result.stdout
+    assert "backbone.0.body.layer2" in result.stdout
     rows = json.loads((folder / "look" / "layers.json").read_text(encoding="utf-8"))["rows"]
     assert rows[0]["path"] == "backbone.0"
     drawings = {path.stem for path in (folder / "look").glob("*.png")}
-    assert drawings == {"levels", "000001.queries", "000001.backbone.0.body.layer4"}
+    assert drawings == {"levels", "000001.queries", "000001.backbone.0.body.layer2"}
 
 
 def test_an_untrained_detr_can_be_looked_at_layer_by_layer(script: Command, folder: Path) -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from detr_backbone import Backbone, BackboneBase
 from detr_backbone.errors import ConfigError
+from detr_backbone.padding.trial import GroupsTogether
 
 
 class Block(nn.Module):
@@ -197,3 +198,18 @@ def test_windows_without_padding_take_the_cells_at_the_border_too() -> None:
 
     assert backbone.size_divisor == 8
     assert [level.tensors.shape[-2:] for level in backbone([torch.randn(3, 33, 45)]).values()] == [(9, 12), (5, 6)]
+
+
+@pytest.mark.parametrize("side", [9, 40])  # on both sides of the 256 cells from which two dimensions are faster
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("padding", [0, (2, 1), "same"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_convolutions_of_groups_compute_the_same_in_the_trial(
+    groups: int, padding: int | tuple[int, int] | str, bias: bool, side: int
+) -> None:
+    stride = 1 if padding == "same" else (2, 1)
+    layer = nn.Conv2d(8, 16, (3, 2), stride, padding, (1, 2), groups, bias, dtype=torch.float64)
+    x = torch.randn(2, 8, side, side + 1, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    expected = layer(x)
+    with GroupsTogether():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)

@@ -22,6 +22,7 @@ from detr_backbone.detectors import DetectorConfig
 from detr_backbone.training import DataConfig, OptimizerConfig, SplitConfig, TrainConfig, load_checkpoint, train
 from detr_backbone.training.run_folder import CHECKPOINT
 from detr_backbone.training.step import Learner
+from tests.quick_draws import draw_quickly
 
 StepHook = Callable[[int], None]
 
@@ -147,6 +148,7 @@ def _train(rank: int, processes: int, port: int, log: str, hook: Any, hook_args:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
+        draw_quickly(monkeypatch)  # as the tests' own process does
         if hook is not None:
             before_step(monkeypatch, hook(rank, *hook_args))
         train(config)

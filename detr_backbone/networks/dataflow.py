@@ -78,7 +78,8 @@ class Dataflow:
 
     def read(self, values: Any) -> None:
         """Let the caller read every tensor in a structure."""
-        self._add_reads(map(self.value, _tensors(values)), None, self.tick())
+        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        self._add_reads(map(self.value, tensors), None, self.tick())
 
     def readers(self, value: Value) -> list[Operator | None]:
         """Return the operators that read a value, each as often as it does; None is the caller."""
@@ -95,11 +96,11 @@ class Dataflow:
     def call(self, function: Callable[..., Any] | None, operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Record one call of an operator, and return what it returns."""
         time = self.tick()
-        reads = tuple(map(self.value, _tensors((args, kwargs))))
+        reads = tuple(map(self.value, _tensors_among((*args, *kwargs.values()))))
         output = operator(*args, **kwargs)
         for storage in {_storage(tensor) for tensor in _written(operator, args, kwargs)}:
             self._writes[storage].append(time)
-        gives = tuple(map(self.value, _tensors(output)))
+        gives = tuple(map(self.value, _tensors_among((output,))))
         # What was never read before is new, unless it shares the memory of an input.
         self.made.update({value.storage for value in gives} - self._reads.keys() - {value.storage for value in reads})
         self._add_reads(reads, Operator(time=time, function=function, reads=reads, gives=gives), time)
@@ -150,8 +151,15 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._dataflow.call(self._functions.running, func, args, kwargs or {})
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def _tensors_among(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among an operator's arguments or outputs, which are tensors, lists of them, or none."""
+    tensors: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            tensors += [entry for entry in value if isinstance(entry, Tensor)]
+    return tensors
 
 
 def _storage(tensor: Tensor) -> int:
@@ -164,4 +172,4 @@ def _written(operator: Any, args: Any, kwargs: dict[str, Any]) -> Iterable[Tenso
     """Return the tensors among the arguments that an operator changes in place, as its schema says."""
     arguments = operator._schema.arguments
     given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
-    return _tensors([value for argument, value in given if argument.alias_info and argument.alias_info.is_write])
+    return _tensors_among(value for argument, value in given if argument.alias_info and argument.alias_info.is_write)

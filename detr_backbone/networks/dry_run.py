@@ -12,6 +12,7 @@ from detr_backbone.forward_pass import evaluating, hooked
 from detr_backbone.nested_tensor import Size
 from detr_backbone.networks.dataflow import Dataflow, Value
 from detr_backbone.networks.input_channels import first_convolution
+from detr_backbone.networks.meta_operators import RememberedOperators
 
 PROBE: Size = (256, 320)
 """(h, w) of the image: every stride that divides both is measured exactly."""
@@ -117,6 +118,7 @@ class DryRun:
             torch.no_grad(),
             evaluating(network),
             hooked(modules, before=self._enter, after=self._leave),
+            RememberedOperators(),  # type: ignore[no-untyped-call]
             self.dataflow,
         ):
             try:

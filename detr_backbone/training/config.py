@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -219,12 +220,18 @@ def config_from_dict(content: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: a key is unknown or a value does not fit.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig, nested_key=None)
+    parser = _saved_config_parser()
     try:
         return config_of(parser, parser.parse_object(dict(content)))
     except Exception as error:
         raise ConfigError(f"a saved configuration cannot be read: {error}") from error
+
+
+@cache  # making it takes longer than what it parses
+def _saved_config_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    return parser
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
