@@ -114,8 +114,8 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
         if not isinstance(stated, str):
             found = f"keys {[*map(str, config)]}" if not stated else f"a {type(stated).__name__} expected a folder"
             raise DataError(
-                f"dataset has no such split | where: file={config_file} key={split} | got {found} | fix: choose one that "
-                "names a folder of images"
+                f"dataset has no such split | where: file={config_file} key={split} | got {found} | fix: choose one "
+                "that names a folder of images"
             )
         inside = re.sub(r"^(\.\.?/)+", "", stated)  # Roboflow writes ../train/images for train/images
         root = folder / str(config.get("path") or "")
