@@ -196,14 +196,37 @@ def cats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TRUTH = ("--annotations", "val.json")
 
 
-@pytest.mark.parametrize(
-    ("words", "written"),
-    [
-        (("evaluate.py", "--detections", "found.json", *TRUTH, "--output", "o", "--intervals", "20"), "o/results.json"),
-        (("compare.py", "--a", "less.json", "--b", "found.json", *TRUTH, "--output", "c.json"), "c.json"),
-        (("check_data.py", "--images", ".", *TRUTH, "--decode", "false", "--output", "d.json"), "d.json"),
-    ],
-)
+class Full(io.RawIOBase):
+    """A console or a file that takes nothing."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _: object) -> int:
+        raise OSError(28, "No space left on device")
+
+
+WRITTEN = [
+    (("evaluate.py", "--detections", "found.json", *TRUTH, "--output", "o", "--intervals", "20"), "o/results.json"),
+    (("compare.py", "--a", "less.json", "--b", "found.json", *TRUTH, "--output", "c.json"), "c.json"),
+    (("check_data.py", "--images", ".", *TRUTH, "--decode", "false", "--output", "d.json"), "d.json"),
+]
+
+
+@pytest.mark.parametrize(("words", "written"), WRITTEN)
+def test_numbers_are_on_disk_before_they_are_printed(
+    script: Command, cats: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], written: str
+) -> None:
+    (cats / written).unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Full(), "utf-8", write_through=True))  # type: ignore[arg-type]
+    result = script(cats, *words)
+
+    assert result.returncode == 1
+    assert "error: No space left on device" in result.stderr
+    assert json.loads((cats / written).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("words", "written"), WRITTEN)
 def test_numbers_are_written_though_the_console_cannot_show_a_name(
     script: Command, cats: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], written: str
 ) -> None:
