@@ -134,7 +134,7 @@ def test_a_kill_between_two_names_leaves_one(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [([3, 1], "got a moment of \\[1, 3\\] expected \\[1, 2\\]"), ([2, 3, 1], "doesn't match the size")],
+    [([3, 1], "a moment of \\[1, 3\\] expected \\[1, 2\\]"), ([2, 3, 1], "doesn't match the size")],
 )
 def test_the_optimiser_of_another_detector_is_refused_before_its_first_step(other: list[int], message: str) -> None:
     def trained(*widths: int) -> tuple[torch.nn.Module, torch.optim.AdamW]:
