@@ -22,7 +22,8 @@ def long_description() -> str:
         picture, words, path = link.groups()
         if source is not None:
             return f"{picture}[{words}]({source}/{'raw' if picture else 'blob'}/HEAD/{path})"
-        return f"`{path}`" if path.endswith(words) else f"{words} (`{path}`)"
+        file = path.partition("#")[0]
+        return f"`{file}`" if file.endswith(words) else f"{words} (`{file}`)"
 
     note = "" if source else "Files that are named here come with the source distribution.\n\n"
     title, rest = re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", absolute, text).split("\n\n", 1)
