@@ -192,6 +192,13 @@ def test_what_the_hub_has_not_is_named_with_its_url(hub: Hub, tmp_path: Path, na
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_that_refuses_is_not_taken_for_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "answer", lambda request: request.send_error(403))
+    with pytest.raises(WeightsError, match=r"cannot be downloaded .* from the hub: .*403") as error:
+        hub_folder("owner/name@main")
+    assert "\n" not in str(error.value)
+
+
 def test_without_a_network_the_url_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=r"cannot be downloaded .* url=.*owner/name/resolve/main/model\.safetensors"):

@@ -75,11 +75,12 @@ def _download(repository: str, revision: str, filename: str) -> Path:
     try:
         path = Path(hf_hub_download(repository, filename, revision=revision))
     except LocalEntryNotFoundError as error:
-        raise _failure(url, "no connection to the hub, and no copy in its cache") from error
+        reason = _first_line(error.__cause__ or error)
+        raise _failure(url, f"no copy in the hub's cache, and from the hub: {reason}") from error
     except EntryNotFoundError:
         raise
     except Exception as error:  # the hub's own errors, those of its HTTP library, and OSError
-        raise _failure(url, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise _failure(url, _first_line(error)) from error
     # The cache names large files by their SHA-256; small ones by a hash of git.
     expected = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", expected) and file_sha256(path) != expected:
@@ -91,6 +92,10 @@ def _url(repository: str, revision: str, filename: str) -> str:
     from huggingface_hub import hf_hub_url
 
     return hf_hub_url(repository, filename, revision=revision)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _failure(url: str, got: str) -> WeightsError:
