@@ -132,11 +132,22 @@ def milliseconds_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def engines() -> list[Path]:
+    """Return the records of docs/deploy.md and README.md: in PyTorch and in engines."""
+    return [FOLDER / "folded-xeon.md", FOLDER / "folded_detectors-xeon.md"]
+
+
 def contenders_table(
-    paths: Sequence[Path], value: Literal["milliseconds", "images_per_second"] = "milliseconds"
+    paths: Sequence[Path], value: Literal["milliseconds", "images_per_second"] = "milliseconds", *, size: str = ""
 ) -> str:
-    """Return a table with a row for each case and precision of the records, and a column for each contender."""
-    rows = [row for path in paths for row in read_record(path)]
+    """Return a table with a row for each case and precision of the records, and a column for each contender.
+
+    Args:
+        paths: of the records.
+        value: what it tells.
+        size: how the names of the cases end.
+    """
+    rows = [row for path in paths for row in read_record(path) if row.case.endswith(size)]
     numbers = {(row.case, row.precision, row.contender): f"{getattr(row, value):.0f}" for row in rows}
     contenders = dict.fromkeys(row.contender for row in rows)
     lines = [
@@ -192,7 +203,8 @@ if __name__ == "__main__":
         milliseconds_table(FOLDER / "table-zen5.md"),
         summary_table(summarised()),
         *(contenders_table(paths, "images_per_second") for paths in on_a_gpu()),
-        contenders_table([FOLDER / "folded-xeon.md"]),
+        contenders_table(engines()),
+        contenders_table(engines(), size=" 1 x 800 x 1088"),
     )
     print(*tables, sep="\n\n")
     draw_chart(
