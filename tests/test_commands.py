@@ -146,7 +146,6 @@ PARTICULAR = {
         "--threshold -1",
         "--threshold nan",
         "--threshold high",
-        "--threshold best",
         "--limit 0",
         "--limit -1",
         "--limit 1.5",
