@@ -17,6 +17,7 @@ import torch
 from torch import multiprocessing
 
 from detr_backbone import BackboneConfig
+from detr_backbone.coco.shapes import draw_shapes
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig
 from detr_backbone.training import DataConfig, OptimizerConfig, SplitConfig, TrainConfig, load_checkpoint, train
@@ -61,6 +62,19 @@ def twelve_steps(shapes: Path, output: Path, **changes: Any) -> TrainConfig:
     config = tiny(shapes, output)
     data = replace(config.data, batch_size=2, val=SplitConfig())
     return replace(config, **{"data": data, "checkpoint_every": 1, **changes})
+
+
+def six_steps(folder: Path) -> TrainConfig:
+    """One epoch of six steps on twelve pictures that are drawn into the folder, whose loss no random number decides."""
+    draw_shapes(folder, train=12, val=4, image_size=64)
+    config = twelve_steps(folder, folder / "run", checkpoint_every=0, calibration_images=0)
+    detector = replace(config.detector, dropout=0.0)
+    return replace(config, detector=detector, optimizer=OptimizerConfig(epochs=1))
+
+
+def in_two(config: TrainConfig, output: Path) -> list[TrainConfig]:
+    """The same images per step in two processes."""
+    return [replace(config, output_dir=str(output), data=replace(config.data, batch_size=1))] * 2
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, hook: StepHook) -> None:
