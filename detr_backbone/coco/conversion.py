@@ -196,7 +196,8 @@ def _save_blank(path: Path, copy: Path) -> None:
 
 def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | None) -> Converted:
     listing = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if split is None or listing.exists():
+    is_listed = split is not None and listing.exists()
+    if split is None or is_listed:
         content = coco_class.from_voc(str(folder)).dataset
     else:
         content, folder = _split_folder_of_voc(coco_class, folder, split)
@@ -205,7 +206,7 @@ def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | N
             f"dataset has no annotations | where: folder={folder} | got no XML files in it or in Annotations | "
             "fix: give the folder that holds them, or choose one of its splits"
         )
-    if listing.exists():
+    if is_listed:
         stems = {line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
         content["images"] = [one for one in content["images"] if Path(one["file_name"]).stem in stems]
         image_ids = {one["id"] for one in content["images"]}
