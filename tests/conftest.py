@@ -17,6 +17,13 @@ from detr_backbone.commands.program import main
 from tests.processes import ROOT, Command, Ended
 from tests.quick_draws import draw_quickly
 
+LONGEST = ("test_networks", "test_training_resume", "test_ranks_gone", "test_install", "test_commands", "test_export")
+"""The modules that compute, or wait for others, for longest; they begin first, so that all processes end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _hear_signals() -> None:

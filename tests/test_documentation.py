@@ -199,6 +199,6 @@ def test_the_continuous_integration_installs_and_tests_as_readme_says() -> None:
 
     assert 'pip install --editable ".[dev]"' in test_command
     assert 'pip install --quiet --no-compile --editable ".[dev]"' in run
-    assert test_command.endswith("OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile")
+    assert test_command.endswith("OMP_NUM_THREADS=1 pytest -n 3")
     assert "export OMP_NUM_THREADS=1" in run
-    assert "\npytest -n 3 --dist loadfile" in run
+    assert "\npytest -n 3" in run
