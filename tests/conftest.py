@@ -20,8 +20,11 @@ from tests.quick_draws import draw_quickly
 LONGEST = ("test_networks", "test_training_resume", "test_ranks_gone", "test_install", "test_commands", "test_export")
 """The modules that compute, or wait for others, for longest; they begin first, so that all processes end together."""
 
+gc.disable()  # until all modules are imported: nothing of them is garbage
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gc.enable()
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
@@ -49,7 +52,9 @@ def _draw_quickly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed notes the stack for each kind of device, which takes longer
 
 
 @pytest.fixture(autouse=True)
