@@ -54,7 +54,9 @@ def _forget_graphs() -> None:
     counters.clear()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(  # tracing takes seconds for each: two stages are a Deformable DETR too
+    "case", ["detr", "two stages", pytest.param("deformable", marks=pytest.mark.sweep)]
+)
 def test_batches_of_one_padded_size_share_one_graph_that_computes_and_learns_the_same(case: str) -> None:
     model = small(case)
     for module in model.modules():
