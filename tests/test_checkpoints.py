@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detr_backbone import BackboneConfig
 from detr_backbone.checkpoints.categories import COCO_NAMES, matching_classes
-from detr_backbone.checkpoints.config import config_from_dict, detector_config, refuse_other_settings
+from detr_backbone.checkpoints.config import dataclass_from_dict, detector_config, refuse_other_settings
 from detr_backbone.checkpoints.detector_file import read_detector
 from detr_backbone.checkpoints.layouts import Layout, from_original
 from detr_backbone.checkpoints.load import load_detector
@@ -337,7 +337,7 @@ def test_a_checkpoint_of_training_brings_its_own_configuration(detr: DETR, tmp_p
 
 def test_a_saved_configuration_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(WeightsError, match=r"saved configuration cannot be read: .*nhead"):
-        config_from_dict(DetectorConfig, {"nhead": 8})
+        dataclass_from_dict(DetectorConfig, {"nhead": 8})
 
 
 TOLD = {

@@ -39,7 +39,7 @@ RESNETS = {
 }
 
 
-def config_from_dict(kind: type[T], content: Mapping[str, Any]) -> T:
+def dataclass_from_dict(kind: type[T], content: Mapping[str, Any]) -> T:
     """Return the dataclass that `dataclasses.asdict` made plain, with tuples where JSON and YAML have lists.
 
     Raises:
@@ -71,7 +71,7 @@ def detector_config(source: DetectorFile, *, padding: Padding = "exact") -> Dete
     saved = _saved_config(source)
     if saved is not None:
         backbone = dict(saved.get("backbone", {})) | {"weights": None}
-        return config_from_dict(DetectorConfig, dict(saved) | {"backbone": backbone})
+        return dataclass_from_dict(DetectorConfig, dict(saved) | {"backbone": backbone})
     state, told = source.state, _told(source)
     try:
         return _config(state, told, num_classes=source.num_classes, padding=padding)

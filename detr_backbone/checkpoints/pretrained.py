@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 from torch import Tensor, nn
 
 from detr_backbone.backbone import BackboneBase, BackboneConfig, Joiner, build_backbone
-from detr_backbone.checkpoints.config import config_from_dict
+from detr_backbone.checkpoints.config import dataclass_from_dict
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.checkpoints.open import open_detector
 from detr_backbone.checkpoints.write import write_weights
@@ -61,7 +61,7 @@ class PretrainedBackbone(
     """
 
     def __init__(self, backbone: BackboneConfig | Mapping[str, Any]) -> None:
-        config = backbone if isinstance(backbone, BackboneConfig) else config_from_dict(BackboneConfig, backbone)
+        config = backbone if isinstance(backbone, BackboneConfig) else dataclass_from_dict(BackboneConfig, backbone)
         joiner = build_backbone(config)
         super().__init__(cast(BackboneBase, joiner[0]), joiner[1])
         self.config = config
@@ -107,7 +107,9 @@ class PretrainedDetector(nn.Module, _FromFolder, library_name="detr_backbone", t
         category_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.config = detector if isinstance(detector, DetectorConfig) else config_from_dict(DetectorConfig, detector)
+        self.config = (
+            detector if isinstance(detector, DetectorConfig) else dataclass_from_dict(DetectorConfig, detector)
+        )
         self.detector = build_detector(self.config)
         self.category_names = tuple(category_names)
         self.category_ids = tuple(category_ids)

@@ -46,7 +46,7 @@ def find_fusions(
 def _may_overwrite(path: str, dry_run: DryRun, *, norm: str | None, returned: Collection[str]) -> bool | None:
     """Return the value of a convolution in `find_fusions`; None if it does not belong there."""
     flow = dry_run.dataflow
-    read_by_caller = {value for layer in returned for value in dry_run.outputs.get(layer, ())}
+    read_by_caller = dry_run.outputs_of(returned)
     inputs, outputs = dry_run.inputs.get(path, ()), dry_run.outputs.get(path, ())
     if len(inputs) != 1 or len(outputs) != 1:
         return None

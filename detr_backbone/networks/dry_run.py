@@ -87,13 +87,17 @@ class DryRun:
                 f"the network must take images of any size, got for {height} x {width} pixels: {self.error}"
             ) from self.error
 
+    def outputs_of(self, paths: Collection[str]) -> set[Value]:
+        """Return what the layers of these paths give."""
+        return {value for path in paths for value in self.outputs.get(path, ())}
+
     def sole_readers(self, returned: Collection[str]) -> dict[str, str]:
         """Return, for each layer whose output only one other layer reads, that layer; both are called once.
 
         Args:
             returned: paths of layers whose outputs are read by the caller too.
         """
-        returned_values = {value for path in returned for value in self.outputs.get(path, ())}
+        returned_values = self.outputs_of(returned)
         # The innermost layer returns first: a Sequential gives the output of its last layer.
         makers: dict[Value, str] = {}
         for path, outputs in self.outputs.items():
