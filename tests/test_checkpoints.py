@@ -14,7 +14,7 @@ from detr_backbone import BackboneConfig
 from detr_backbone.checkpoints.categories import COCO_NAMES, matching_classes
 from detr_backbone.checkpoints.config import dataclass_from_dict, detector_config, refuse_other_settings
 from detr_backbone.checkpoints.detector_file import read_detector
-from detr_backbone.checkpoints.layouts import Layout, from_original
+from detr_backbone.checkpoints.layouts import DetectorLayout, from_original
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.checkpoints.open import open_detector
 from detr_backbone.checkpoints.write import convert_weights, write_weights
@@ -91,7 +91,7 @@ def other(**changes: Any) -> DETR:
 def test_a_detector_takes_every_tensor_and_says_what_it_took(
     detr: DETR, tmp_path: Path, names: Any, trained: dict[str, Tensor]
 ) -> None:
-    layout = Layout(names=names, resnet="huggingface", prefix="detr.")
+    layout = DetectorLayout(names=names, resnet="huggingface", prefix="detr.")
     path = saved(tmp_path / "theirs.pth", from_original(trained, layout) | {"mask_head.bias": torch.ones(1)})
     report = load_detector(detr, path)
 
@@ -147,7 +147,7 @@ FAULTS = {
     "no detector": (lambda s: {"fc.bias": torch.ones(1)}, "must be of DETR or Deformable DETR"),
     "half a projection": (
         lambda s: without(
-            from_original(s, Layout(names="huggingface")), "model.encoder.layers.0.self_attn.q_proj.weight"
+            from_original(s, DetectorLayout(names="huggingface")), "model.encoder.layers.0.self_attn.q_proj.weight"
         ),
         r"lack a projection .* expected q, k, v",
     ),
@@ -403,7 +403,7 @@ def test_a_detector_keeps_the_names_of_its_file(weights: str) -> None:
 
 def test_names_of_transformers_stand_beside_its_weights(tmp_path: Path, trained: dict[str, Tensor]) -> None:
     folder = tmp_path / "model"
-    write_weights(from_original(trained, Layout(names="huggingface")), folder / "model.safetensors")
+    write_weights(from_original(trained, DetectorLayout(names="huggingface")), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"id2label": {"0": "N/A", "1": "cat", "2": "dog"}}))
 
     assert open_detector(str(folder)).categories == {1: "cat", 2: "dog"}
@@ -432,7 +432,7 @@ def test_the_script_writes_other_names_that_read_back_equal(
     source = read_detector(str(tmp_path / "out"))
 
     assert result.stdout.startswith("181 tensors, found by original names, torchvision backbone")
-    assert source.layout == Layout(names="huggingface", resnet="huggingface")
+    assert source.layout == DetectorLayout(names="huggingface", resnet="huggingface")
     assert source.state.keys() == trained.keys()
     assert all(torch.equal(source.state[key], tensor) for key, tensor in trained.items())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detr_backbone import BackboneConfig, nested_tensor_from_tensor_list
 from detr_backbone.checkpoints.config import detector_config
 from detr_backbone.checkpoints.detector_file import read_detector
-from detr_backbone.checkpoints.layouts import Layout, Names, find_detector_layout, from_original, to_original
+from detr_backbone.checkpoints.layouts import DetectorLayout, Names, find_detector_layout, from_original, to_original
 from detr_backbone.checkpoints.load import load_detector
 from detr_backbone.checkpoints.open import open_detector
 from detr_backbone.checkpoints.write import write_weights
@@ -66,18 +66,18 @@ def test_recorded_names_of_transformers_are_translated_both_ways(names: dict[str
     theirs = {key: torch.tensor(index) for index, key in enumerate(names)}
     ours = {key: torch.tensor(index) for index, key in enumerate(names.values())}
 
-    assert to_original(theirs, Layout(names="huggingface")) == ours
-    assert from_original(ours, Layout(names="huggingface")) == theirs
+    assert to_original(theirs, DetectorLayout(names="huggingface")) == ours
+    assert from_original(ours, DetectorLayout(names="huggingface")) == theirs
 
 
 def test_queries_keys_and_values_are_one_tensor_here_and_three_there() -> None:
     ours = {"transformer.encoder.layers.0.self_attn.in_proj_weight": torch.arange(12.0).view(6, 2)}
-    theirs = from_original(ours, Layout(names="huggingface"))
+    theirs = from_original(ours, DetectorLayout(names="huggingface"))
 
     prefix = "model.encoder.layers.0.self_attn"
     assert theirs.keys() == {f"{prefix}.{part}_proj.weight" for part in "qkv"}
     assert theirs[f"{prefix}.k_proj.weight"].tolist() == [[4, 5], [6, 7]]
-    assert torch.equal(to_original(theirs, Layout(names="huggingface")).popitem()[1], ours.popitem()[1])
+    assert torch.equal(to_original(theirs, DetectorLayout(names="huggingface")).popitem()[1], ours.popitem()[1])
 
 
 def config(name: str, **options: Any) -> DetectorConfig:
@@ -112,7 +112,7 @@ RESNETS: tuple[ResNetLayout, ...] = ("torchvision", "detectron2", "huggingface")
 def test_every_tensor_makes_the_round_trip_and_the_layout_shows_in_the_keys(
     states: dict[str, dict[str, Tensor]], names: Names, resnet: ResNetLayout, prefix: str, detector: str
 ) -> None:
-    layout = Layout(names=names, resnet=resnet, prefix=prefix)
+    layout = DetectorLayout(names=names, resnet=resnet, prefix=prefix)
     theirs = from_original(states[detector], layout)
     back = to_original(theirs, layout)
 
@@ -276,7 +276,7 @@ def test_the_modules_of_transformers_have_names_of_their_own(tmp_path: Path) -> 
     source = read_detector(str(tmp_path / "weights.pth"))
     load_detector(build_detector(detector_config(source)), source)
 
-    assert source.layout == Layout(names="huggingface_modules", resnet="huggingface")
+    assert source.layout == DetectorLayout(names="huggingface_modules", resnet="huggingface")
     assert from_original(to_original(source.file.tensors, source.layout), source.layout).keys() == set(
         theirs.state_dict()
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from detr_backbone import BackboneConfig
 from detr_backbone.checkpoints.categories import COCO_NAMES
-from detr_backbone.checkpoints.layouts import Layout, from_original
+from detr_backbone.checkpoints.layouts import DetectorLayout, from_original
 from detr_backbone.checkpoints.write import write_weights
 from detr_backbone.coco.transforms import TransformConfig
 from detr_backbone.detectors import DetectorConfig, build_detector
@@ -83,7 +83,7 @@ def test_a_folder_of_transformers_has_names_and_normalisation_beside_its_weights
     detr: nn.Module, tmp_path: Path
 ) -> None:
     tensors = {key: t[[0, 1, 2, 91]] if "class_embed" in key else t for key, t in detr.state_dict().items()}
-    write_weights(from_original(tensors, Layout(names="huggingface")), tmp_path / "model.safetensors")
+    write_weights(from_original(tensors, DetectorLayout(names="huggingface")), tmp_path / "model.safetensors")
     config = {"id2label": {"0": "N/A", "1": "cat", "2": "dog"}, "encoder_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))

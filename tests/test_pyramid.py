@@ -17,7 +17,7 @@ from detr_backbone import BackboneBase, BackboneConfig, Joiner, PositionEmbeddin
 from detr_backbone.detectors import DetectorConfig, build_criterion, build_detector
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-from detr_backbone.networks.stages import Survey
+from detr_backbone.networks.stages import NetworkStages
 from detr_backbone.pyramid import SimpleFeaturePyramid
 from detr_backbone.training import OptimizerConfig, parse_config
 from detr_backbone.training.optimizer import build_optimizer
@@ -325,11 +325,11 @@ def test_levels_of_a_vit_are_the_intermediates_of_its_library(name: str) -> None
 
 @pytest.mark.parametrize("name", VITS)
 def test_the_level_of_a_vit_is_its_final_norm(name: str) -> None:
-    assert Survey(VITS[name]()).levels(None, return_interm_layers=False) == ["norm"]
+    assert NetworkStages(VITS[name]()).levels(None, return_interm_layers=False) == ["norm"]
 
 
 def test_the_level_of_a_vit_without_a_final_norm_is_its_last_block() -> None:
     network = VisionTransformer(global_pool="avg", fc_norm=True, **TINY)
 
     assert isinstance(network.norm, nn.Identity)
-    assert Survey(network).levels(None, return_interm_layers=False) == ["blocks.2"]
+    assert NetworkStages(network).levels(None, return_interm_layers=False) == ["blocks.2"]

@@ -9,7 +9,7 @@ from detr_backbone.networks.build import build_network
 from detr_backbone.networks.layer_paths import expand_paths
 from detr_backbone.networks.norms import Norm, set_norm
 from detr_backbone.networks.pretraining import Channels, pretraining_of
-from detr_backbone.networks.stages import Survey
+from detr_backbone.networks.stages import NetworkStages
 from detr_backbone.padding.exact import Padding
 from detr_backbone.pyramid import PyramidConfig
 from detr_backbone.weights.load import WeightsReport, load_weights
@@ -66,13 +66,13 @@ class Backbone(BackboneBase):
         from torchvision.models.resnet import ResNet
 
         network = build_network(name, dilation=dilation, in_channels=in_channels)
-        survey = Survey(network)
-        return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)
+        stages = NetworkStages(network)
+        return_layers = stages.levels(return_layers, return_interm_layers=return_interm_layers)
         if train_layers is None and isinstance(network, ResNet):
             train_layers = TRAINED_STAGES
         elif train_layers is not None:
             train_layers = expand_paths(network, train_layers, option="train_layers")
-        trained = survey.after_first_stage(return_layers) if train_layers is None else train_layers
+        trained = stages.after_first_stage(return_layers) if train_layers is None else train_layers
         if norm == "group" and weights is not None:
             raise ConfigError(
                 f"`norm` must not be 'group' with `weights`, got {weights}: GroupNorm does not hold their statistics"
@@ -88,7 +88,7 @@ class Backbone(BackboneBase):
             channels_last=channels_last,
             checkpointed_layers=checkpointed_layers,
             pyramid=pyramid,
-            survey=survey,
+            stages=stages,
         )
         pretraining = pretraining_of(name, weights) if in_channels == 3 else None
         self.mean, self.std = (None, None) if pretraining is None else (pretraining.mean, pretraining.std)

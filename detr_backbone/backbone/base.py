@@ -29,7 +29,7 @@ from detr_backbone.networks.dry_run import DryRun
 from detr_backbone.networks.geometry import Geometry, as_map, measure
 from detr_backbone.networks.input_channels import first_convolution, refuse_other_input
 from detr_backbone.networks.layer_paths import expand_paths
-from detr_backbone.networks.stages import Survey
+from detr_backbone.networks.stages import NetworkStages
 from detr_backbone.networks.structure import Structure, structure_of
 from detr_backbone.padding.exact import Padding, feature_level, zero_before_windows, zero_inputs
 from detr_backbone.padding.plan import Batching, choose_plan
@@ -53,7 +53,7 @@ class BackboneBase(nn.Module):
         channels_last: compute in torch.channels_last, which convolutions are faster with; parameters stay contiguous.
         checkpointed_layers: paths of layers whose inner activations are computed again in the backward pass.
         pyramid: levels of several strides, made from layers of one stride; it always trains, and starts random.
-        survey: a survey of the network as its library built it, if there is one already; it is surveyed once.
+        stages: those of the network as its library built it, if they are known: a network is run dry once for them.
 
     Attributes:
         body: the IntermediateLayerGetter; frozen BatchNorms are folded (see `folding`); state-dict keys are `body.*`.
@@ -84,7 +84,7 @@ class BackboneBase(nn.Module):
         channels_last: bool = True,
         checkpointed_layers: Sequence[str] = (),
         pyramid: PyramidConfig | None = None,
-        survey: Survey | None = None,
+        stages: NetworkStages | None = None,
     ) -> None:
         super().__init__()
         if padding not in ("exact", "zeros"):
@@ -97,17 +97,17 @@ class BackboneBase(nn.Module):
         self._zeroes_padding = padding == "exact"
         self._is_folded_for_inference = False
         self.pyramid: SimpleFeaturePyramid | None = None
-        survey = survey or Survey(backbone)
-        return_layers = survey.levels(return_layers, return_interm_layers=return_interm_layers)
+        stages = stages or NetworkStages(backbone)
+        return_layers = stages.levels(return_layers, return_interm_layers=return_interm_layers)
         checkpointed_layers = expand_paths(backbone, checkpointed_layers, option="checkpointed_layers")
         # The layers come first: what no level needs is dropped, and is neither measured nor tried.
         paths = self._choose_layers(backbone, return_layers, train_layers)
         # Geometry says where there are levels and windows, so it stands before whatever depends on a stride.
-        geometry = self._measure(backbone, survey.dry_run, paths)
+        geometry = self._measure(backbone, stages.dry_run, paths)
         # Folding replaces convolutions, so it stands before the hooks on windows and the self-test of these layers.
-        self._folded = prepare_folding(self.body, survey.dry_run.sole_readers(paths), self._passes)
+        self._folded = prepare_folding(self.body, stages.dry_run.sole_readers(paths), self._passes)
         # What can be fused for inference shows in the dry run of the network as it was before the folding.
-        self._fusions = find_fusions(self.body, survey.dry_run, folded=self._folded, returned=paths)
+        self._fusions = find_fusions(self.body, stages.dry_run, folded=self._folded, returned=paths)
         # The self-test runs the backbone as it is by now.
         self._make_exact(backbone, geometry)
         # Checkpointing changes no result, so it needs no test; it wraps the layers as they are at last.

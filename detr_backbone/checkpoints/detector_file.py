@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from detr_backbone.checkpoints.categories import folder_config
-from detr_backbone.checkpoints.layouts import Layout, find_detector_layout, is_deformable, to_original
+from detr_backbone.checkpoints.layouts import DetectorLayout, find_detector_layout, is_deformable, to_original
 from detr_backbone.errors import WeightsError
 from detr_backbone.weights.locate import IMAGENET_MEAN_STD, MeanStd, locate_weights
 from detr_backbone.weights.read import WeightsFile, read_weights
@@ -27,7 +27,7 @@ class DetectorFile:
     """
 
     file: WeightsFile
-    layout: Layout
+    layout: DetectorLayout
     state: Mapping[str, Tensor]
     mean_std: MeanStd | None
 

@@ -19,7 +19,7 @@ Names = Literal["original", "huggingface", "huggingface_modules"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class DetectorLayout:
     """The names of a detector's tensors.
 
     Attributes:
@@ -38,7 +38,7 @@ class Layout:
         return f"{self.names} names{inside}, {self.resnet} backbone"
 
 
-def find_detector_layout(keys: Iterable[str]) -> Layout:
+def find_detector_layout(keys: Iterable[str]) -> DetectorLayout:
     """Return the layout that a detector's keys show.
 
     Raises:
@@ -61,14 +61,14 @@ def find_detector_layout(keys: Iterable[str]) -> Layout:
         if m[2] == "model":
             in_memory = any(".layers.0.mlp.fc1." in other for other in keys)
             names = "huggingface_modules" if in_memory else "huggingface"
-        return Layout(names=names, resnet=find_layout(keys), prefix=m[1])
+        return DetectorLayout(names=names, resnet=find_layout(keys), prefix=m[1])
     raise WeightsError(
         f"weights must be of DETR or Deformable DETR, in the original names or those of transformers, got "
         f"{len(keys)} tensors such as {keys[0] if keys else None!r}"
     )
 
 
-def to_original(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def to_original(state: Mapping[str, Tensor], layout: DetectorLayout) -> dict[str, Tensor]:
     """Return a detector's tensors under the original names; what is not behind the prefix keeps its name."""
     inner = {key: tensor for key, tensor in state.items() if key.startswith(layout.prefix)}
     outer = {key: tensor for key, tensor in state.items() if key not in inner}
@@ -80,7 +80,7 @@ def to_original(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor
     return to_torchvision(inner, layout.resnet) | outer
 
 
-def from_original(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def from_original(state: Mapping[str, Tensor], layout: DetectorLayout) -> dict[str, Tensor]:
     """Return a detector's tensors under the names of a layout; the inverse of `to_original`."""
     resnet = {key: tensor for key, tensor in state.items() if key.startswith(_BODY)}
     rest = {key: tensor for key, tensor in state.items() if key not in resnet}

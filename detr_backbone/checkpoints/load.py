@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detr_backbone.checkpoints.categories import class_names, matching_classes
 from detr_backbone.checkpoints.detector_file import DECODER, HEADS, DetectorFile, read_detector
-from detr_backbone.checkpoints.layouts import Layout, is_deformable
+from detr_backbone.checkpoints.layouts import DetectorLayout, is_deformable
 from detr_backbone.errors import WeightsError, unknown_name
 from detr_backbone.weights.load import COUNTER, check_tensor
 from detr_backbone.weights.locate import MeanStd
@@ -39,7 +39,7 @@ class LoadReport:
 
     source: Path
     sha256: str
-    layout: Layout
+    layout: DetectorLayout
     kept: Mapping[str, int]
     resized: Mapping[str, int]
     new: Mapping[str, int]

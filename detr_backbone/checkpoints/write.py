@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detr_backbone.checkpoints.layouts import Layout, Names, find_detector_layout, from_original, to_original
+from detr_backbone.checkpoints.layouts import DetectorLayout, Names, find_detector_layout, from_original, to_original
 from detr_backbone.errors import WeightsError
 from detr_backbone.weights.resnet_keys import ResNetLayout, find_layout, from_torchvision, to_torchvision
 
@@ -37,7 +37,7 @@ def convert_weights(
                 f"tensors such as {next(iter(tensors), None)!r}"
             ) from None
         return f"{resnet_layout} names", from_torchvision(renamed, resnet)
-    return str(layout), from_original(to_original(tensors, layout), Layout(names=names, resnet=resnet))
+    return str(layout), from_original(to_original(tensors, layout), DetectorLayout(names=names, resnet=resnet))
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:

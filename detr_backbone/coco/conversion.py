@@ -24,7 +24,7 @@ from detr_backbone.coco.image_files import ENDINGS
 from detr_backbone.coco.images import readable_formats
 from detr_backbone.errors import AnnotationError, ConfigError, DataError
 
-Layout: TypeAlias = Literal["yolo", "voc", "cvat"]
+DatasetLayout: TypeAlias = Literal["yolo", "voc", "cvat"]
 _OTHER_NAMES = {"val": "valid"}
 """Of splits, as Roboflow writes them."""
 
@@ -40,7 +40,7 @@ class Converted(NamedTuple):
 def convert_dataset(
     folder: Path | str,
     output: Path | str,
-    layout: Layout,
+    layout: DatasetLayout,
     *,
     split: str | None = None,
     images: Path | str | None = None,

@@ -2,14 +2,14 @@
 
 from detr_backbone.coco.check import check_split
 from detr_backbone.coco.check_report import DataReport
-from detr_backbone.coco.conversion import Layout, convert_dataset
+from detr_backbone.coco.conversion import DatasetLayout, convert_dataset
 from detr_backbone.coco.findings import DEFAULT_POLICIES, DataPolicies
 from detr_backbone.commands.command_line import Command, output_file
 
 
 def main(
     *,
-    layout: Layout,
+    layout: DatasetLayout,
     folder: str,
     output: str,
     split: str | None = None,

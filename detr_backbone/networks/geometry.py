@@ -18,7 +18,7 @@ _PROBES: tuple[Size, ...] = (PROBE, (448, 672), (512, 768))  # the second for pa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class MapLayout:
     """Layout of a map in an output: its stride in pixels per cell, its channels, and the order of its axes.
 
     Args:
@@ -34,33 +34,35 @@ class Layout:
     prefix: int = 0
 
 
-def layout_of(shape: Sequence[int], image: Size) -> Layout | None:
+def layout_of(shape: Sequence[int], image: Size) -> MapLayout | None:
     """Return the layout of an output of this shape for images whose sides differ; None if it is no map of them.
 
     >>> layout_of((1, 64, 64, 80), (256, 320))
-    Layout(stride=4, channels=64, axes='NCHW', prefix=0)
-    >>> layout_of((1, 8, 10, 768), (256, 320)), layout_of((1, 1 + 16 * 20, 192), (256, 320))
-    (Layout(stride=32, channels=768, axes='NHWC', prefix=0), Layout(stride=16, channels=192, axes='NLC', prefix=1))
+    MapLayout(stride=4, channels=64, axes='NCHW', prefix=0)
+    >>> layout_of((1, 8, 10, 768), (256, 320))
+    MapLayout(stride=32, channels=768, axes='NHWC', prefix=0)
+    >>> layout_of((1, 1 + 16 * 20, 192), (256, 320))
+    MapLayout(stride=16, channels=192, axes='NLC', prefix=1)
     >>> layout_of((1, 1000), (256, 320)), layout_of((1, 512, 1, 1), (256, 320))
     (None, None)
     """
     height, width = image
     if len(shape) == 4:
         if stride := _stride((shape[2], shape[3]), image):
-            return Layout(stride=stride, channels=shape[1], axes="NCHW")
+            return MapLayout(stride=stride, channels=shape[1], axes="NCHW")
         if stride := _stride((shape[1], shape[2]), image):
-            return Layout(stride=stride, channels=shape[3], axes="NHWC")
+            return MapLayout(stride=stride, channels=shape[3], axes="NHWC")
     if len(shape) == 3:
         for stride in _TOKEN_STRIDES:
             if height % stride or width % stride:
                 continue
             prefix = shape[1] - (height // stride) * (width // stride)
             if 0 <= prefix <= _MOST_PREFIX_TOKENS:
-                return Layout(stride=stride, channels=shape[2], axes="NLC", prefix=prefix)
+                return MapLayout(stride=stride, channels=shape[2], axes="NLC", prefix=prefix)
     return None
 
 
-def as_map(output: Tensor, layout: Layout, image: Size, *, channels_last: bool = False) -> Tensor:
+def as_map(output: Tensor, layout: MapLayout, image: Size, *, channels_last: bool = False) -> Tensor:
     """Return an output as [B, C, h, w], without a copy; its gradient reaches the network in its memory format.
 
     Args:
@@ -71,7 +73,7 @@ def as_map(output: Tensor, layout: Layout, image: Size, *, channels_last: bool =
 
     >>> import torch
     >>> tokens = torch.tensor([[[-1.0], [0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]])
-    >>> as_map(tokens, Layout(stride=16, channels=1, axes="NLC", prefix=1), (32, 48))
+    >>> as_map(tokens, MapLayout(stride=16, channels=1, axes="NLC", prefix=1), (32, 48))
     tensor([[[[0., 1., 2.],
               [3., 4., 5.]]]])
     """
@@ -123,7 +125,7 @@ class Geometry:
             of any size.
     """
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[MapLayout, ...]
     input_strides: dict[str, int]
     without_stride: frozenset[str]
     divisor: int
@@ -183,7 +185,7 @@ def measure(network: nn.Module, dry_run: DryRun, paths: Sequence[str]) -> Geomet
     return replace(geometry, divisor=_divisor(network, geometry, dry_run, paths))
 
 
-def _layout(dry_run: DryRun, path: str, prefix_tokens: int) -> Layout:
+def _layout(dry_run: DryRun, path: str, prefix_tokens: int) -> MapLayout:
     shape = dry_run.reached(path).output_shape
     layout = None if shape is None else layout_of(shape, dry_run.size)
     if layout is None or layout.prefix not in (0, prefix_tokens):

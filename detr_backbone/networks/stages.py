@@ -8,7 +8,7 @@ from torch import nn
 
 from detr_backbone.errors import ConfigError, refuse_single_name
 from detr_backbone.networks.dry_run import DryRun
-from detr_backbone.networks.geometry import Layout, layout_of, probe
+from detr_backbone.networks.geometry import MapLayout, layout_of, probe
 from detr_backbone.networks.layer_paths import expand_paths
 
 
@@ -21,7 +21,7 @@ class Stage:
     channels: int
 
 
-class Survey:
+class NetworkStages:
     """The stages of a network, from a dry run that is made when it is first needed.
 
     Args:
@@ -97,7 +97,7 @@ class Survey:
         after = [path for path, call in calls.items() if start < call.start < end]
         return [path for path in after if path.rpartition(".")[0] not in after]
 
-    def _final_norm(self, path: str, layout: Layout) -> str | None:
+    def _final_norm(self, path: str, layout: MapLayout) -> str | None:
         """Return the layer of the network itself that takes a transformer's tokens next and gives them back."""
         end = self.dry_run.calls[path].end
         after, call = next(((p, call) for p, call in self.dry_run.calls.items() if call.start > end), (path, None))
@@ -121,7 +121,7 @@ class Survey:
 
 def stages(network: nn.Module) -> list[Stage]:
     """Return the last layer before each change of resolution, finest first."""
-    return Survey(network).stages
+    return NetworkStages(network).stages
 
 
 def describe_stages(stages: Sequence[Stage]) -> str:
@@ -129,7 +129,7 @@ def describe_stages(stages: Sequence[Stage]) -> str:
     return ", ".join(f"{stage.path} (stride {stage.stride})" for stage in stages) or "none"
 
 
-def _layout(dry_run: DryRun, shape: tuple[int, ...] | None) -> Layout | None:
+def _layout(dry_run: DryRun, shape: tuple[int, ...] | None) -> MapLayout | None:
     return None if shape is None else layout_of(shape, dry_run.size)
 
 
