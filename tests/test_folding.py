@@ -521,3 +521,38 @@ def test_calibration_does_not_depend_on_folding() -> None:
 
     for key, expected in plain.state_dict().items():
         torch.testing.assert_close(folded.state_dict()[key], expected, rtol=1e-4, atol=1e-4)
+
+
+def _add_one(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + 1
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_layer_with_a_forward_of_its_own_is_not_folded(place: int) -> None:
+    network = trained(conv_and_norm())
+    _add_one(network[place])
+    images = torch.randn(1, 3, 16, 20)
+    expected = network(images)
+
+    torch.testing.assert_close(features(BackboneBase(network, return_layers=("2",), train_layers=()), images), expected)
+
+
+def test_a_pair_that_a_hook_reaches_into_is_not_folded_for_good() -> None:
+    backbone = Backbone("resnet18", return_layers=("layer1",), train_layers=())
+    trained(backbone).body.layer1[0].conv1.register_forward_hook(lambda *args: args[-1] * 2 + 1)
+    images = torch.randn(1, 3, 64, 48)
+    with torch.no_grad():
+        expected = backbone.eval()(images)["0"].tensors
+        torch.testing.assert_close(fold_for_inference(backbone)(images)["0"].tensors, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_a_hook_computes_is_refused_before_anything_is_folded() -> None:
+    backbone = Backbone("resnet18", return_layers=("layer1",), train_layers=())
+    prune.l1_unstructured(backbone.body.layer1[1].conv1, "weight", amount=0.5)
+    before = list(backbone.state_dict())
+
+    with pytest.raises(ConfigError, match=r"got that of layer1\.1\.conv1"):
+        fold_for_inference(backbone)
+
+    assert list(backbone.state_dict()) == before

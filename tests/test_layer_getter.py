@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models._utils import IntermediateLayerGetter as TorchvisionGetter
@@ -392,3 +393,11 @@ def test_an_unknown_path_names_its_neighbours_and_the_nearest_path() -> None:
 def test_a_path_asked_for_twice_is_an_error() -> None:
     with pytest.raises(ValueError, match="a name of its own"):
         IntermediateLayerGetter(Branched(), ["stem", "stem"])
+
+
+def test_a_layer_that_comes_to_stand_in_two_places_runs_twice() -> None:
+    getter = IntermediateLayerGetter(nn.Sequential(nn.ReLU(), nn.Linear(4, 4), nn.ReLU()), ["2"])
+    getter["0"] = getter["2"] = nn.Softplus()
+    x = torch.rand(2, 4)
+
+    torch.testing.assert_close(getter(x)["2"], F.softplus(getter.get_submodule("1")(F.softplus(x))))

@@ -4,10 +4,12 @@ import copy
 import math
 import pickle
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,10 +17,11 @@ from torch import nn
 from detr_backbone import Backbone, BackboneBase, FrozenBatchNorm2d, nested_tensor_from_tensor_list
 from detr_backbone.errors import ConfigError
 from detr_backbone.nested_tensor import valid_sizes
+from detr_backbone.networks.norms import freeze_batch_norm
 from detr_backbone.padding.exact import feature_level
 
 
-def with_random_statistics(backbone: Backbone) -> Backbone:
+def with_random_statistics(backbone: BackboneBase) -> BackboneBase:
     """A backbone whose BatchNorm shifts, so that padding would not stay zero by itself."""
     torch.manual_seed(0)
     for module in backbone.modules():
@@ -261,3 +264,51 @@ def test_exact_padding_keeps_the_memory_format_in_training() -> None:
     maps = [*seen, *(level.tensors for level in levels.values())]
     assert len(maps) == 6
     assert all(features.is_contiguous(memory_format=torch.channels_last) for features in maps)
+
+
+def _reflect(network: nn.Module) -> None:
+    network.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False, padding_mode="reflect")
+
+
+def _weigh_by_the_whole_map(network: nn.Module) -> None:
+    network.layer1.register_forward_hook(lambda *args: args[-1] * args[-1].mean((2, 3), keepdim=True))
+
+
+def _own_forward(network: nn.Module) -> None:
+    forward = network.layer1.forward
+    network.layer1.forward = lambda x: forward(x) * x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("change", [_reflect, _weigh_by_the_whole_map, _own_forward])
+def test_a_resnet_that_was_changed_before_is_no_plain_one(change: Callable[[nn.Module], None]) -> None:
+    network = freeze_batch_norm(torchvision.models.resnet18())
+    change(network)
+
+    assert_exact(BackboneBase(network, return_layers=("layer2",), train_layers=()))
+
+
+def test_a_window_that_comes_to_pad_with_other_than_zeros_leaves_images_exact() -> None:
+    backbone = Backbone("resnet18", return_layers=("layer2",))
+    backbone.body.layer1[0].conv1.padding_mode = "reflect"
+
+    assert_exact(backbone)
+
+
+@pytest.mark.parametrize("name", ["timm/seresnet18", "timm/tf_efficientnet_lite0", "swin_t"])
+def test_a_network_built_on_the_meta_device_has_a_plan_of_its_own(name: str) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(name)
+    built = Backbone(name)
+    backbone.load_state_dict(built.state_dict(), assign=True)
+
+    assert (backbone.size_divisor, backbone.strides) == (built.size_divisor, built.strides)
+    assert backbone.batching in (built.batching, "by_size")
+    assert_exact(backbone)
+
+
+def assert_exact(backbone: BackboneBase) -> None:
+    images = [torch.randn(3, 61, 61), torch.randn(3, 100, 130)]
+    with torch.no_grad():
+        (batch,), (alone,) = with_random_statistics(backbone)(images).values(), backbone(images[:1]).values()
+    h, w = alone.tensors.shape[-2:]
+    torch.testing.assert_close(batch.tensors[:1, :, :h, :w], alone.tensors, rtol=1e-4, atol=1e-5)

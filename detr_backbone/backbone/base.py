@@ -166,9 +166,11 @@ class BackboneBase(nn.Module):
 
     def fold_for_inference(self, dtype: torch.dtype | None = None) -> None:
         """Fold every frozen BatchNorm into its convolution for good; see the function of this name."""
-        if self._norms_to_fold() is None:
+        norms = self._norms_to_fold()
+        if norms is None:
             raise ConfigError("`fold_for_inference` must find the network as it was built, got one with other layers")
-        fold_pairs(self.body, self._folded, dtype=dtype)
+        # A hook between a convolution and its norm keeps the two apart, as in every pass before.
+        fold_pairs(self.body, {path: self._folded[path] for path in norms}, dtype=dtype)
         fuse(self.body, self._fusions, self._passes)
         self.requires_grad_(requires_grad=False).eval()
         self._folded, self._fusions = {}, {}

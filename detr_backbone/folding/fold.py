@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from detr_backbone.errors import ConfigError
 from detr_backbone.forward_pass import FoldedNorm, Pass, PerThread
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d, scale_and_shift
 
@@ -65,8 +66,8 @@ class FoldedConv2d(nn.Conv2d):
 def prepare_folding(network: nn.Module, readers: Mapping[str, str], passes: PerThread[Pass]) -> dict[str, str]:
     """Let the convolutions of a network fold the FrozenBatchNorm2d behind them, in the passes that say so.
 
-    A convolution is replaced in its parent by a FoldedConv2d with its parameters and hooks; a subclass of nn.Conv2d is
-    left, since it may do more than convolve.
+    A convolution is replaced in its parent by a FoldedConv2d with its parameters and hooks. A subclass of nn.Conv2d,
+    and a layer that got a `forward` of its own, as accelerate's hooks give it, are left: they may do more.
 
     Args:
         network: it is changed in place.
@@ -80,7 +81,8 @@ def prepare_folding(network: nn.Module, readers: Mapping[str, str], passes: PerT
     folded = {}
     for path, norm_path in readers.items():
         convolution, norm = modules.get(path), modules.get(norm_path)
-        if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d):
+        replaced = any("forward" in vars(module) for module in (convolution, norm) if module is not None)
+        if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d) and not replaced:
             replacement = retype(convolution, FoldedConv2d)
             replacement.folding = norm.folding = (norm_path, passes)
             replace(network, path, replacement)
@@ -133,7 +135,16 @@ def fold_pairs(network: nn.Module, folded: Mapping[str, str], *, dtype: torch.dt
         network: it is changed in place; norms become what follows them.
         folded: path of each norm -> path of its convolution.
         dtype: of the folded weights; None for that of the convolution.
+
+    Raises:
+        ConfigError: a weight is no parameter, since a hook computes it; nothing is changed.
     """
+    for path in folded.values():
+        if "weight" not in network.get_submodule(path)._parameters:
+            raise ConfigError(
+                f"`fold_for_inference` must find weights that are parameters, got that of {path}, which a hook "
+                "computes | fix: make it one, as remove_weight_norm and prune.remove do"
+            )
     for norm_path, path in folded.items():
         convolution, norm = network.get_submodule(path), network.get_submodule(norm_path)
         assert isinstance(convolution, nn.Conv2d)

@@ -64,8 +64,8 @@ class Walk:
 
     def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
         outputs = {}
-        for child, module in network.named_children():
-            x = module(x)
+        for child, module in network._modules.items():  # named_children leaves out a layer's second place
+            x = x if module is None else module(x)
             if child in self._return_layers:
                 outputs[self._return_layers[child]] = x
         return outputs

@@ -104,8 +104,14 @@ def convert_batch_norm(network: nn.Module, norm_of: Callable[[str], Norm]) -> nn
         for name, child in list(parent._modules.items()):
             if isinstance(child, _BatchNorm):
                 path = f"{parent_path}.{name}".lstrip(".")
+                kind = norm_of(path)
+                if kind != "batch" and (child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child)):
+                    raise ConfigError(
+                        "a BatchNorm that is replaced must have neither hooks nor a `forward` of its own, got those of "
+                        f"{path} | fix: remove them, and give hooks to the layer that takes its place"
+                    )
                 if child not in made:
-                    made[child] = convert[norm_of(path)](child, path)
+                    made[child] = convert[kind](child, path)
                 setattr(parent, name, made[child])
     return network
 

@@ -46,6 +46,7 @@ def _entries(
         own.get("forward"),
         len(module._modules),
         own.get("kernel_size"),
+        own.get("padding_mode"),
         folding and (folding[0], folding[1] is passes),
         fusing and (fusing[0], fusing[2] is passes),
         window and (window[0], window[1] is passes),

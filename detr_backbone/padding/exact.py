@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from detr_backbone.errors import ConfigError
+from detr_backbone.folding import FoldedConv2d
 from detr_backbone.forward_pass import Pass, PerThread
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.nested_tensor import NestedTensor, Size, zero_beyond
@@ -83,7 +84,8 @@ def leaky_layer(body: nn.Module, geometry: Geometry, *, all_run: bool) -> str | 
         all_run: whether it holds no layer that its outputs do not need; otherwise only norms and windows are looked at.
     """
     for path, module in body.named_modules():
-        leaf = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+        torchs = type(module).__module__.startswith("torch.nn.") or isinstance(module, FoldedConv2d)
+        leaf = torchs and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
         if isinstance(module, _NormBase | nn.GroupNorm):
             return f"{path} ({module}) takes its statistics from padded cells too"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from detr_backbone.networks.geometry import Geometry
@@ -61,12 +62,15 @@ def choose_plan(backbone: nn.Module, network: nn.Module, body: nn.Module, geomet
         plan = replace(plan, batching="by_size", leak=leak)
     elif is_plain_resnet(network):
         return plan
-    state = draw_sensitive_weights(backbone)
-    if leak is None:
-        plan = _try_masked(backbone, body, state, geometry, plan)
-    if state is not None:
+    with torch.device("cpu"):  # also where the network is built on the meta device
+        state = draw_sensitive_weights(backbone)
+        if state is None:
+            why = "it was built on the meta device with buffers of integers, so that there is no self-test"
+            return plan if plan.leak else replace(plan, batching="by_size", leak=why)
+        if leak is None:
+            plan = _try_masked(backbone, body, state, geometry, plan)
         refuse_hidden_batch_statistics(backbone, body, state, plan.size_divisor)
-    return plan
+        return plan
 
 
 def describe_batching(batching: Batching, leak: str | None) -> str:
@@ -78,12 +82,12 @@ def describe_batching(batching: Batching, leak: str | None) -> str:
     return f"batching {batching}" if leak is None else f"batching {batching}: {leak}"
 
 
-def _try_masked(backbone: nn.Module, body: nn.Module, state: State | None, geometry: Geometry, plan: Plan) -> Plan:
+def _try_masked(backbone: nn.Module, body: nn.Module, state: State, geometry: Geometry, plan: Plan) -> Plan:
     if plan.size_divisor > _LARGEST_DIVISOR_TRIED:
         why = f"it divides an image into parts of {plan.size_divisor} pixels, for which there is no self-test"
         return replace(plan, batching="by_size", leak=why)
-    leak = None if state is None else find_leak(backbone, body, state, plan.size_divisor)
-    if state is None or leak is None:  # on the meta device nothing can be computed
+    leak = find_leak(backbone, body, state, plan.size_divisor)
+    if leak is None:
         return plan
     # Windows that follow the size of the image find it always even.
     if plan.size_divisor == 1 and find_leak(backbone, body, state, geometry.coarsest) is None:

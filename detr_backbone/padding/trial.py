@@ -22,6 +22,7 @@ from detr_backbone.layer_getter.strategies import OpenedModule
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list, pad_to_multiple, size_of
 from detr_backbone.networks.geometry import as_map, layout_of
 from detr_backbone.networks.input_channels import first_convolution
+from detr_backbone.padding.exact import zero_inputs
 
 Levels = Mapping[str, NestedTensor]
 State = dict[str, Tensor]
@@ -46,20 +47,30 @@ def is_plain_resnet(network: nn.Module) -> bool:
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     known = (ResNet, BasicBlock, Bottleneck, *_LAYERS_OF_RESNET)
-    return type(network) is ResNet and all(type(module) in known for module in network.modules())
+    return type(network) is ResNet and all(
+        type(module) in known
+        and "forward" not in vars(module)
+        and getattr(module, "padding_mode", "zeros") == "zeros"
+        and {*module._forward_hooks.values(), *module._forward_pre_hooks.values()} <= {zero_inputs}
+        for module in network.modules()
+    )
 
 
 def draw_sensitive_weights(backbone: nn.Module) -> State | None:
-    """Return a state on the CPU, in float64, of which every number shows in the outputs; None on the meta device.
+    """Return a state on the CPU, in float64, of which every number shows in the outputs.
 
     A fresh network has zeros and ones in vectors, and matrices small enough to hide what passes through a few of them.
+    None if there is no such state: a buffer of integers, such as a table of indices, is on the meta device.
     """
     generator = torch.Generator().manual_seed(0)
     state: State = {}
     for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
-        if tensor.is_meta:
+        if tensor.is_floating_point():
+            state[name] = _draw_like(tensor, generator)
+        elif tensor.is_meta:
             return None
-        state[name] = _draw_like(tensor, generator) if tensor.is_floating_point() else tensor.detach().cpu().clone()
+        else:
+            state[name] = tensor.detach().cpu().clone()
     return state
 
 
@@ -228,8 +239,9 @@ def _draw_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.numel() == max(tensor.shape, default=1):
         drawn = torch.rand(tensor.shape, generator=generator, device="cpu", dtype=torch.float64)
         return drawn * 0.8 + 0.2  # as variances and scales are: positive, around one half
-    tensor = tensor.detach().to("cpu", torch.float64)
-    if not tensor.any():
+    if not tensor.is_meta:
+        tensor = tensor.detach().to("cpu", torch.float64)
+    if tensor.is_meta or not tensor.any():
         tensor = torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float64)
     fan_in = tensor[0].numel()
     return tensor * (2 / fan_in / tensor.square().mean()).sqrt()  # for ReLU: arXiv 1502.01852, section 2.2
