@@ -166,6 +166,10 @@ class PositionEncodingConfig:
     temperature: float = 10000.0
     offset: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.type not in ("sine", "learned"):
+            raise ConfigError(f"`position_encoding.type` must be 'sine' or 'learned', got {self.type!r}")
+
 
 def build_position_encoding(
     config: PositionEncodingConfig, hidden_dim: int
@@ -174,7 +178,13 @@ def build_position_encoding(
 
     Raises:
         ConfigError: `hidden_dim` does not split into two axes, or an option does not belong to the type.
+        TypeError: `config` is no PositionEncodingConfig.
     """
+    if not isinstance(config, PositionEncodingConfig):
+        raise TypeError(
+            "`position_encoding` must be a PositionEncodingConfig, such as PositionEncodingConfig(type='learned'), got "
+            f"{config!r}"
+        )
     if hidden_dim < 2 or hidden_dim % 2:
         raise ConfigError(f"`hidden_dim` must be even and positive (half for each axis), got {hidden_dim}")
     if config.type == "learned":

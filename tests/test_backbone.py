@@ -168,6 +168,7 @@ def test_training_does_not_change_buffers() -> None:
         (small(train_layers=("layer5",)), "`train_layers` must name layers with parameters: got 'layer5'"),
         (small(train_layers=("bn1",)), "`train_layers` must name layers with parameters: got 'bn1'"),
         (small(train_layers=("layer",)), "got 'layer', expected one of conv1, layer1"),
+        (small(train_layers="layer4"), r"`train_layers` must be a list of names, such as \['layer4'\]"),
         (small(padding="reflect"), "`padding` must be 'exact' or 'zeros', got 'reflect'"),
         (BackboneConfig(name="resnet18", hidden_dim=15), "`hidden_dim` must be even"),
         (
@@ -179,6 +180,12 @@ def test_training_does_not_change_buffers() -> None:
 def test_a_configuration_that_cannot_be_built_says_why(config: BackboneConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_backbone(config)
+
+
+@pytest.mark.parametrize("option", ["position_encoding", "pyramid"])
+def test_a_configuration_inside_of_another_is_no_text(option: str) -> None:
+    with pytest.raises(TypeError, match=f"`{option}` must be"):
+        build_backbone(small(**{option: "learned"}))
 
 
 def test_two_ways_of_choosing_layers_contradict() -> None:

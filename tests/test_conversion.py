@@ -145,6 +145,32 @@ def test_a_list_of_voc_is_a_split(tmp_path: Path) -> None:
     assert manifest["source"]["split"] == "val"
 
 
+def test_a_list_of_voc_may_come_from_windows_and_name_files_with_spaces(tmp_path: Path) -> None:
+    voc(tmp_path)
+    for folder, ending in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+        (tmp_path / folder / f"a.{ending}").rename(tmp_path / folder / f"a 1 b.{ending}")
+    xml = tmp_path / "Annotations" / "a 1 b.xml"
+    xml.write_text(xml.read_text().replace("a.jpg", "a 1 b.jpg"))
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("\ufeffa 1 b\r\nc.jpg\r\n", encoding="utf-8")
+
+    convert_dataset(tmp_path, tmp_path / "x.json", "voc", split="val")
+
+    content = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert [one["file_name"] for one in content["images"]] == ["a 1 b.jpg", "c.jpg"]
+
+
+def test_a_listed_image_without_annotations_is_refused(tmp_path: Path) -> None:
+    voc(tmp_path)
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("b\nd\n")
+
+    with pytest.raises(DataError, match=r"val\.txt line=2 \| got 'd'"):
+        convert_dataset(tmp_path, tmp_path / "x.json", "voc", split="val")
+
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_what_is_no_image_of_yolo_is_left_out_and_counted(tmp_path: Path) -> None:
     ultralytics(tmp_path)
     folder = tmp_path / "images" / "train" / "x"
@@ -176,8 +202,14 @@ def write(name: str, text: str) -> Any:
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
 LAUGHS += "names: *a19"
 REFUSED: dict[str, tuple[str, type[DetrBackboneError], str, Any]] = {
-    "class beyond the names": ("yolo", AnnotationError, "7", write("train/labels/a.txt", "7 0.5 0.5 0.1 0.1")),
+    "class beyond the names": (
+        "yolo",
+        AnnotationError,
+        "labels/a.txt line=1 | got '7'",
+        write("train/labels/a.txt", "7 0.5 0.5 0.1 0.1"),
+    ),
     "half a polygon": ("yolo", AnnotationError, "a.txt line=2 |", write("train/labels/a.txt", "\n0 0.5 0.5 0.1")),
+    "comma": ("yolo", AnnotationError, "a.txt line=1 |", write("train/labels/a.txt", "0 0,5 0.5 0.1 0.1")),
     "words": ("yolo", AnnotationError, "cat", write("train/labels/a.txt", "cat 0.5 0.5 0.1 0.1")),
     "no names": ("yolo", AnnotationError, "key=names", write("data.yaml", "train: train/images")),
     "no such split": ("yolo", DataError, "key=train", write("data.yaml", "names: [cat]")),

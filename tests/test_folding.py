@@ -556,3 +556,11 @@ def test_a_weight_that_a_hook_computes_is_refused_before_anything_is_folded() ->
         fold_for_inference(backbone)
 
     assert list(backbone.state_dict()) == before
+
+
+def test_weights_that_are_not_finite_are_not_folded() -> None:
+    backbone = Backbone("resnet18", return_layers=("layer1",), train_layers=())
+    backbone.body.layer1[1].conv1.weight[3] = float("nan")
+
+    with pytest.raises(ConfigError, match=r"in layer1\.1\.conv1\.weight"):
+        fold_for_inference(backbone)

@@ -157,6 +157,8 @@ def test_the_builder_refuses_what_does_not_fit() -> None:
         build_position_encoding(PositionEncodingConfig(), hidden_dim=7)
     with pytest.raises(ConfigError, match="belong to the sine encoding"):
         build_position_encoding(PositionEncodingConfig(type="learned", offset=-0.5), hidden_dim=8)
+    with pytest.raises(ConfigError, match="'sine' or 'learned', got 'v3'"):
+        PositionEncodingConfig(type="v3")
 
 
 def level(h: int, w: int, *, batch: int = 1) -> NestedTensor:

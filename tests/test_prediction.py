@@ -77,6 +77,20 @@ def test_files_pictures_and_arrays_give_the_same_detections(predictor: Predictor
     assert all(torch.equal(first.boxes, other.boxes) and torch.equal(first.scores, other.scores) for other in others)
 
 
+def test_a_picture_is_what_its_file_is_upright_and_of_16_bits(predictor: Predictor, tmp_path: Path) -> None:
+    grey = np.asarray(Image.effect_noise((60, 40), 80))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
+
+    for name in ("grey.png", "turned.png"):
+        with Image.open(tmp_path / name) as opened:
+            from_file, from_picture = predictor([tmp_path / name, opened])
+        assert from_picture.size == from_file.size
+        assert torch.equal(from_picture.scores, from_file.scores)
+
+
 def test_boxes_are_in_pixels_of_the_picture_and_clipped_within_it(predictor: Predictor) -> None:
     (prediction,) = predictor([Image.new("RGB", (300, 200))])
 

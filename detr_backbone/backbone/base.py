@@ -87,6 +87,8 @@ class BackboneBase(nn.Module):
         stages: NetworkStages | None = None,
     ) -> None:
         super().__init__()
+        if pyramid is not None and not isinstance(pyramid, PyramidConfig):
+            raise TypeError(f"`pyramid` must be such as PyramidConfig(strides=(8, 16)), got {pyramid!r}")
         if padding not in ("exact", "zeros"):
             raise ConfigError(f"`padding` must be 'exact' or 'zeros', got {padding!r}")
         self.padding = padding
@@ -169,6 +171,9 @@ class BackboneBase(nn.Module):
         norms = self._norms_to_fold()
         if norms is None:
             raise ConfigError("`fold_for_inference` must find the network as it was built, got one with other layers")
+        for name, tensor in self.body.state_dict().items():
+            if not tensor.isfinite().all():  # the primitives' ReLU would make finite features of it
+                raise ConfigError(f"`fold_for_inference` must find finite weights, got NaN or infinity in {name}")
         # A hook between a convolution and its norm keeps the two apart, as in every pass before.
         fold_pairs(self.body, {path: self._folded[path] for path in norms}, dtype=dtype)
         fuse(self.body, self._fusions, self._passes)

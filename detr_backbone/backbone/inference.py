@@ -16,8 +16,9 @@ def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Mod
 
     It then runs without scaling weights in every pass. On a CPU, a convolution also runs together with the sum and the
     ReLU behind it, by the primitives of oneDNN that torch.compile uses, where these give what the single operators
-    give; in a pass that a hook on a layer watches, and in graphs, layers run one by one. State-dict keys change, so
-    weights are loaded before; parameters are frozen, and training is refused.
+    give; in a pass that a hook on a layer watches, and in graphs, layers run one by one. Their ReLU makes NaN 0, as
+    torch's does not: only finite images have features to trust. State-dict keys change, so weights are loaded before;
+    parameters are frozen, and training is refused.
 
     Args:
         model: a BackboneBase, or what holds some, such as a detector; it is changed in place. What runs a backbone that
@@ -26,7 +27,8 @@ def fold_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Mod
             to convert; left out, that of the weights.
 
     Raises:
-        ConfigError: there is no backbone in the model, or its layers were changed after it was built.
+        ConfigError: there is no backbone in the model, its layers were changed after it was built, or a weight is not
+            finite.
     """
     held = (getattr(module, "backbone", module) for module in model.modules())
     backbones = dict.fromkeys(module for module in held if isinstance(module, BackboneBase))  # each once

@@ -12,7 +12,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 from xml.etree import ElementTree
@@ -150,8 +150,8 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
         for number, path in enumerate(files):
             label = (labels / path.relative_to(images)).with_suffix(".txt")
             remarks["images without a label file, listed without boxes"] += not label.exists()
-            lines = label.read_text(encoding="utf-8").splitlines() if label.exists() else []
-            boxes = list(_boxes(lines, label))
+            lines = label.read_text(encoding="utf-8-sig").splitlines() if label.exists() else []
+            boxes = list(_boxes(lines, label, classes=len(names)))
             remarks["polygons, taken as the boxes around them"] += sum(is_polygon for _, is_polygon in boxes)
             (texts / f"{number:09d}.txt").write_text("".join(f"{line}\n" for line, _ in boxes), encoding="utf-8")
             _save_blank(path, numbered / f"{number:09d}.png")
@@ -163,12 +163,21 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     return Converted(content, images, [f"{count} {what}" for what, count in remarks.items() if count])
 
 
-def _boxes(lines: Sequence[str], file: Path) -> Iterator[tuple[str, bool]]:
+def _boxes(lines: Sequence[str], file: Path, *, classes: int) -> Iterator[tuple[str, bool]]:
     """Yield each line of a label file as class and box, and whether it was a polygon."""
     for number, line in enumerate(lines, start=1):
         fields = line.split()
+        if fields and not (fields[0].isdecimal() and int(fields[0]) < classes):
+            raise AnnotationError(
+                f"class has no name | where: file={file} line={number} | got {fields[0]!r} expected a whole number "
+                f"below {classes} | fix: name it in the YAML file, or correct the label"
+            )
+        try:
+            numbers = [float(field) for field in fields[1:]]
+        except ValueError as error:
+            raise AnnotationError(f"label holds no number | where: file={file} line={number} | got {error}") from error
         if len(fields) > 5 and len(fields) % 2:
-            xs, ys = [float(x) for x in fields[1::2]], [float(y) for y in fields[2::2]]
+            xs, ys = numbers[0::2], numbers[1::2]
             box = ((min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys))
             yield " ".join([fields[0], *map(repr, box)]), True
         elif len(fields) == 5:
@@ -207,13 +216,30 @@ def _read_voc(coco_class: Any, folder: Path, split: str | None, images: Path | N
             "fix: give the folder that holds them, or choose one of its splits"
         )
     if is_listed:
-        stems = {line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()}
+        stems = _listed(listing, {Path(one["file_name"]).stem for one in content["images"]})
         content["images"] = [one for one in content["images"] if Path(one["file_name"]).stem in stems]
         image_ids = {one["id"] for one in content["images"]}
         content["annotations"] = [one for one in content["annotations"] if one["image_id"] in image_ids]
     crowds = sum(one["iscrowd"] for one in content["annotations"])
     remarks = [f"{crowds} objects marked difficult, taken as crowds"] if crowds else []
     return Converted(content, images or _first_existing(folder / "JPEGImages", folder, what="images"), remarks)
+
+
+def _listed(listing: Path, stems: Collection[str]) -> set[str]:
+    """Return the images of a list of VOC; in lists of one class, 1, 0 or -1 stands behind each."""
+    found = set()
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        name = line.strip()
+        readings = (name, re.sub(r"\s+-?[01]$", "", name), Path(name).stem)
+        stem = next((reading for reading in readings if reading in stems), None)
+        if stem is not None:
+            found.add(stem)
+        elif name:
+            raise DataError(
+                f"a listed image has no annotations | where: file={listing} line={number} | got {name!r} expected the "
+                "name of an XML file, without its ending | fix: add the file, or remove the line"
+            )
+    return found
 
 
 def _split_folder_of_voc(coco_class: Any, folder: Path, split: str) -> tuple[dict[str, Any], Path]:

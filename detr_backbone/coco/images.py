@@ -64,7 +64,7 @@ def examine_image(
             if image is None:
                 return None, findings
             findings += _examine_mode_and_shape(stored, where)
-            return _to_rgb(image), findings
+            return to_rgb(image), findings
     except Image.DecompressionBombError as error:
         return None, [Finding("picture_too_large", where, str(error), limit)]
     except UnidentifiedImageError:
@@ -128,7 +128,12 @@ def _examine_mode_and_shape(stored: Image.Image, where: str) -> list[Finding]:
     return findings
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, 16-bit grey scaled by 1/257.
+
+    Raises:
+        ValueError: grey values need more than 16 bits, or are floating-point numbers.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -237,5 +237,5 @@ class CocoEvaluator:
         """Return all detections, unless their boxes are in another format."""
         collected = self.collected
         if self.iou_type == "bbox":
-            refuse_other_formats(self.annotations, collected, self._source)
+            refuse_other_formats(self.annotations, collected, f"detections for {self._source}")
         return collected

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from detr_backbone.errors import ConfigError
+from detr_backbone.errors import ConfigError, refuse_single_name
 
 _RANGE = re.compile(r"\[(\d+)-(\d+)\]")
 
@@ -22,12 +22,14 @@ def expand_paths(network: nn.Module, patterns: Sequence[str], *, option: str) ->
         option: what errors call them.
 
     Raises:
-        ConfigError: a pattern with `*` fits no layer, or brackets hold no such numbers.
+        ConfigError: one name is given instead of a list, a pattern with `*` fits no layer, or brackets hold no such
+            numbers.
 
     >>> network = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(1, 1)}) for _ in range(3))})
     >>> expand_paths(network, ["norm", "blocks.[1-2]", "blocks.*.mlp"], option="train_layers")
     ['norm', 'blocks.1', 'blocks.2', 'blocks.0.mlp', 'blocks.1.mlp', 'blocks.2.mlp']
     """
+    refuse_single_name(option, patterns)
     known = [path for path, _ in network.named_modules() if path]
     expanded = []
     for pattern in patterns:

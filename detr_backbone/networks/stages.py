@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import nn
 
-from detr_backbone.errors import ConfigError, refuse_single_name
+from detr_backbone.errors import ConfigError
 from detr_backbone.networks.dry_run import DryRun
 from detr_backbone.networks.geometry import MapLayout, layout_of, probe
 from detr_backbone.networks.layer_paths import expand_paths
@@ -70,7 +70,6 @@ class NetworkStages:
             ConfigError: layers are named, and all of them asked for too; there are no default levels; or a pattern fits
                 none.
         """
-        refuse_single_name("return_layers", return_layers)
         if return_layers is None:
             return self._default_levels()[0 if return_interm_layers else -1 :]
         if return_interm_layers:

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from detr_backbone.backbone import fold_for_inference
 from detr_backbone.coco.dataset import Target
-from detr_backbone.coco.images import read_image
+from detr_backbone.coco.images import read_image, to_rgb
 from detr_backbone.coco.transforms import TransformConfig, make_transforms
 from detr_backbone.detectors import PostProcess, build_postprocess
 from detr_backbone.errors import ConfigError
@@ -173,7 +173,10 @@ def _as_image(picture: Any, index: int) -> Image.Image:
     if isinstance(picture, str | Path):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+        try:
+            return to_rgb(ImageOps.exif_transpose(picture))
+        except ValueError as error:
+            raise ValueError(f"`pictures[{index}]` cannot be taken as RGB: {error}") from error
     kinds = "a path, a PIL image, or a uint8 array [h, w, 3] in RGB or [h, w]"
     if not isinstance(picture, np.ndarray):
         raise TypeError(f"`pictures[{index}]` must be {kinds}, got {type(picture).__name__}")
