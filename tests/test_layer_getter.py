@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models._utils import IntermediateLayerGetter as TorchvisionGetter
@@ -401,3 +402,17 @@ def test_a_layer_that_comes_to_stand_in_two_places_runs_twice() -> None:
     x = torch.rand(2, 4)
 
     torch.testing.assert_close(getter(x)["2"], F.softplus(getter.get_submodule("1")(F.softplus(x))))
+
+
+@pytest.mark.parametrize("change", ["replaced", "patched", "extended"])
+def test_a_change_of_a_module_that_never_runs_is_refused(change: str) -> None:
+    getter = IntermediateLayerGetter(torchvision.models.resnet18(), ["layer2.0.conv2", "layer3"])
+    if change == "replaced":
+        getter.get_submodule("layer2").add_module("0", nn.Identity())
+    elif change == "patched":
+        getter.get_submodule("layer2.0").forward = nn.Identity()
+    else:
+        getter.get_submodule("layer2").add_module("2", nn.Identity())
+
+    with pytest.raises(RuntimeError, match=r"layer2(\.0)? must stay"):
+        getter(torch.rand(1, 3, 64, 64))

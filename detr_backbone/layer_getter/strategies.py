@@ -84,8 +84,20 @@ class Graph:
             for name, child in parent.named_children():
                 if type(child) is nn.Module:  # what fx makes of a module that the trace opened
                     parent.add_module(name, OpenedModule(child))
+        self._opened = {
+            path: tuple(module._modules)
+            for path, module in self.network.named_modules()
+            if isinstance(module, OpenedModule)
+        }
 
     def run(self, network: nn.Module, x: Tensor) -> dict[str, Any]:
+        for path, parts in self._opened.items():
+            module = network.get_submodule(path)
+            if not isinstance(module, OpenedModule) or "forward" in vars(module) or tuple(module._modules) != parts:
+                raise RuntimeError(
+                    f"{path} must stay as it was when the layers were chosen, since layers inside of it are asked for "
+                    "and its own forward never runs | fix: change it before, or ask for whole layers"
+                )
         return dict(network(x))
 
 
