@@ -211,6 +211,8 @@ REFUSED: dict[str, tuple[str, type[DetrBackboneError], str, Any]] = {
     "half a polygon": ("yolo", AnnotationError, "a.txt line=2 |", write("train/labels/a.txt", "\n0 0.5 0.5 0.1")),
     "comma": ("yolo", AnnotationError, "a.txt line=1 |", write("train/labels/a.txt", "0 0,5 0.5 0.1 0.1")),
     "words": ("yolo", AnnotationError, "cat", write("train/labels/a.txt", "cat 0.5 0.5 0.1 0.1")),
+    "names from 1": ("yolo", AnnotationError, "got [1, 2]", write("data.yaml", "names: {1: cat, 2: dog}")),
+    "more classes than names": ("yolo", AnnotationError, "key=nc", write("data.yaml", "nc: 2\nnames: [cat]")),
     "no names": ("yolo", AnnotationError, "key=names", write("data.yaml", "train: train/images")),
     "no such split": ("yolo", DataError, "key=train", write("data.yaml", "names: [cat]")),
     "names that refer to themselves": ("yolo", AnnotationError, "key=names", write("data.yaml", "names: &a [*a]")),

@@ -106,9 +106,19 @@ def _read_yolo(coco_class: Any, folder: Path, split: str | None, images: Path | 
     if not isinstance(config, dict) or not config.get("names"):
         raise AnnotationError(f"dataset has no class names | where: file={config_file} key=names | fix: list them")
     names = config["names"]
-    names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise AnnotationError(
+                f"class names must count from 0 without gaps | where: file={config_file} key=names | got {[*names]}"
+            )
+        names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or any(isinstance(name, list | dict) for name in names):
         raise AnnotationError(f"class names must be a list of texts | where: file={config_file} key=names")
+    if config.get("nc", len(names)) != len(names):
+        raise AnnotationError(
+            f"classes must be as many as their names | where: file={config_file} key=nc | got {config['nc']} expected "
+            f"{len(names)}"
+        )
     if images is None:
         stated = config.get(split) or config.get(_OTHER_NAMES.get(split, split))
         if not isinstance(stated, str):
