@@ -79,6 +79,12 @@ def is_watched(network: nn.Module, *, own: Collection[Callable[..., Any]]) -> bo
     return has_global_hooks() or any(_function(hook) not in own for hook in hooks)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks of its own, on what it takes or returns or on their gradients."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def has_global_hooks() -> bool:
     """Return whether hooks are registered for every module there is."""
     return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]

@@ -36,15 +36,9 @@ FAMILIES = (
 )
 MORE = (
     *("convnext_tiny", "efficientnet_v2_s", "resnet152", "resnext50_32x4d", "swin_v2_t", "vgg11", "wide_resnet50_2"),
-    *("timm/cspresnet50", "timm/darknet53", "timm/davit_tiny"),
+    *("timm/cspresnet50", "timm/darknet53", "timm/davit_tiny", "timm/maxvit_pico_rw_256"),
     *("timm/deit3_small_patch16_224", "timm/densenet121", "timm/efficientnet_b0", "timm/focalnet_tiny_srf"),
-    *(
-        "timm/maxvit_pico_rw_256",
-        "timm/mixnet_s",
-        "timm/mobilenetv3_small_050",
-        "timm/mobileone_s0",
-        "timm/mvitv2_tiny",
-    ),
+    *("timm/mixnet_s", "timm/mobilenetv3_small_050", "timm/mobileone_s0", "timm/mvitv2_tiny"),
     *("timm/nf_resnet26", "timm/regnetx_002", "timm/regnety_002", "timm/res2net50_26w_4s", "timm/resnet10t"),
     *("timm/resnetv2_50x1_bit", "timm/rexnet_100", "timm/selecsls42b", "timm/skresnet18"),
     *("timm/swin_tiny_patch4_window7_224", "timm/swinv2_cr_tiny_ns_224", "timm/tf_efficientnetv2_b0"),

@@ -201,11 +201,13 @@ def test_weights_of_batch_norm_load_into_batch_norm_that_learns(tmp_path) -> Non
     torch.testing.assert_close(learning(x)["0"].tensors, frozen(x)["0"].tensors)
 
 
-@pytest.mark.parametrize("own", ["hook", "forward"])
+@pytest.mark.parametrize("own", ["hook", "gradient hook", "forward"])
 def test_a_norm_that_does_more_than_its_class_is_not_replaced(own: str) -> None:
     network = nn.Sequential(nn.BatchNorm2d(6))
     if own == "hook":
         network[0].register_forward_hook(lambda *args: args[-1] * 2)
+    elif own == "gradient hook":
+        network[0].register_full_backward_hook(lambda *_: None)
     else:
         network[0].forward = lambda x: x
 

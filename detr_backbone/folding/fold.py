@@ -81,8 +81,9 @@ def prepare_folding(network: nn.Module, readers: Mapping[str, str], passes: PerT
     folded = {}
     for path, norm_path in readers.items():
         convolution, norm = modules.get(path), modules.get(norm_path)
-        replaced = any("forward" in vars(module) for module in (convolution, norm) if module is not None)
-        if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d) and not replaced:
+        if type(convolution) is not nn.Conv2d or not isinstance(norm, FrozenBatchNorm2d):
+            continue
+        if "forward" not in vars(convolution) and "forward" not in vars(norm):
             replacement = retype(convolution, FoldedConv2d)
             replacement.folding = norm.folding = (norm_path, passes)
             replace(network, path, replacement)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from detr_backbone.forward_pass import has_hooks
+
 _DEVICES = ("cpu", "cuda")
 
 
@@ -73,9 +75,7 @@ class _Tracer(fx.Tracer):
         return m not in self._around
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if m in self._around and (
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        ):
+        if m in self._around and has_hooks(m):
             raise Untraceable("a graph never calls the hooks of a module that it opens")
         output = super().call_module(m, forward, args, kwargs)
         if m in self._wanted:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detr_backbone.errors import ConfigError
+from detr_backbone.forward_pass import has_hooks
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 
 Norm: TypeAlias = Literal["frozen", "batch", "sync", "group"]
@@ -105,7 +106,7 @@ def convert_batch_norm(network: nn.Module, norm_of: Callable[[str], Norm]) -> nn
             if isinstance(child, _BatchNorm):
                 path = f"{parent_path}.{name}".lstrip(".")
                 kind = norm_of(path)
-                if kind != "batch" and (child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child)):
+                if kind != "batch" and (has_hooks(child) or "forward" in vars(child)):
                     raise ConfigError(
                         "a BatchNorm that is replaced must have neither hooks nor a `forward` of its own, got those of "
                         f"{path} | fix: remove them, and give hooks to the layer that takes its place"

@@ -84,8 +84,8 @@ def leaky_layer(body: nn.Module, geometry: Geometry, *, all_run: bool) -> str | 
         all_run: whether it holds no layer that its outputs do not need; otherwise only norms and windows are looked at.
     """
     for path, module in body.named_modules():
-        torchs = type(module).__module__.startswith("torch.nn.") or isinstance(module, FoldedConv2d)
-        leaf = torchs and not any(True for _ in module.children())
+        is_of_torch = isinstance(module, FoldedConv2d) or type(module).__module__.startswith("torch.nn.")
+        leaf = is_of_torch and not any(True for _ in module.children())
         known = isinstance(module, _CELL_BY_CELL) or (isinstance(module, _WINDOWED) and _pads_with_zeros(module))
         if isinstance(module, _NormBase | nn.GroupNorm):
             return f"{path} ({module}) takes its statistics from padded cells too"

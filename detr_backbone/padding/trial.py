@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from detr_backbone.errors import ConfigError
 from detr_backbone.folding import FoldedConv2d
-from detr_backbone.forward_pass import evaluating, hooked
+from detr_backbone.forward_pass import evaluating, hooked, is_watched
 from detr_backbone.frozen_batch_norm import FrozenBatchNorm2d
 from detr_backbone.layer_getter.strategies import OpenedModule
 from detr_backbone.nested_tensor import NestedTensor, Size, nested_tensor_from_tensor_list, pad_to_multiple, size_of
@@ -47,13 +47,11 @@ def is_plain_resnet(network: nn.Module) -> bool:
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     known = (ResNet, BasicBlock, Bottleneck, *_LAYERS_OF_RESNET)
-    return type(network) is ResNet and all(
-        type(module) in known
-        and "forward" not in vars(module)
-        and getattr(module, "padding_mode", "zeros") == "zeros"
-        and {*module._forward_hooks.values(), *module._forward_pre_hooks.values()} <= {zero_inputs}
+    as_built = all(
+        type(module) in known and "forward" not in vars(module) and getattr(module, "padding_mode", "zeros") == "zeros"
         for module in network.modules()
     )
+    return type(network) is ResNet and as_built and not is_watched(network, own=(zero_inputs,))
 
 
 def draw_sensitive_weights(backbone: nn.Module) -> State | None:
